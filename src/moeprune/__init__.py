@@ -1,0 +1,3 @@
+"""moeprune"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Pure computation: accumulators, plans, budgets and kernels. Knows torch and numpy only."""

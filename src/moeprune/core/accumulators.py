@@ -1,0 +1,367 @@
+"""What is summed while a model runs: one small class per family of sums, exactly mergeable.
+
+Legend of the axes in tensor names: T tokens, n tokens routed to one expert, E experts, K selected
+per token, H width of the block, I width inside an expert, R router outputs, S sampled tokens.
+
+Every accumulator holds sums (or a mean with its sum of squared deviations, which merges exactly by
+Chan's formula), never averages, so the way in which the text is cut into batches does not matter.
+Batches are summed in float32, totals in float64. Specification: METHODS §1.3.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moeprune.core.shapes import LayerShape
+
+SAMPLE_SIZE = 256
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """The tokens that one batch routed to one expert; padding is not among them.
+
+    Attributes:
+        expert: e.
+        x_nH: inputs of the gate and up matrices.
+        gate_n: the weights that the block multiplies into the outputs, float32.
+        h_nI: inputs of the down matrix, act(G x) * (U x).
+        f_nH: outputs, before the gate.
+    """
+
+    expert: int
+    x_nH: Tensor
+    gate_n: Tensor
+    h_nI: Tensor
+    f_nH: Tensor
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """One batch as the MoE block saw it; padding is not among the tokens.
+
+    Attributes:
+        x_TH: inputs of the block.
+        index_TK: experts selected; ids >= E are slots without an expert and count for nobody.
+        gate_TK: their weights, float32.
+        logits_TR: the router's first output, or None if nobody asked for it.
+        key_T: one number per token, the same for the same token in every run (int64).
+    """
+
+    x_TH: Tensor
+    index_TK: Tensor
+    gate_TK: Tensor
+    logits_TR: Tensor | None
+    key_T: Tensor
+
+
+class Accumulator(ABC):
+    """Typed sums over the tokens of one layer. All fields of a subclass are tensors."""
+
+    name: ClassVar[str]
+    needs_router: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def empty(cls, shape: LayerShape, device: torch.device) -> Accumulator:
+        """Sums over no tokens."""
+
+    def add_expert(self, rows: ExpertRows) -> None:  # noqa: B027  (optional hook)
+        """Add the tokens of one expert in one batch."""
+
+    def add_block(self, rows: BlockRows) -> None:  # noqa: B027  (optional hook)
+        """Add one batch at the level of the block."""
+
+    def merge(self, other: Accumulator) -> None:
+        """Add the sums of ``other``, which has seen other tokens of the same layer."""
+        for name, tensor in self.tensors():
+            tensor += getattr(other, name)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The fields and their tensors, in order of declaration."""
+        for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            yield field.name, getattr(self, field.name)
+
+
+def _zeros(*sizes: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.zeros(*sizes, dtype=dtype, device=device)
+
+
+def _plain_and_squared_gate(gate_n: Tensor) -> Tensor:
+    """Rows (1, g^2): one matrix product then gives the plain and the gated sum together."""
+    return torch.stack((torch.ones_like(gate_n), gate_n.square()))
+
+
+@dataclass
+class Routing(Accumulator):
+    """How often and how strongly each expert is used.
+
+    count_E = n_e, gate_E = sum g, gate_sq_E = sum g^2 over the tokens routed to e;
+    top1_E = tokens whose largest gate is e's; together_EE = tokens that selected both (i, j).
+    """
+
+    name: ClassVar[str] = "routing"
+    count_E: Tensor
+    top1_E: Tensor
+    gate_E: Tensor
+    gate_sq_E: Tensor
+    together_EE: Tensor
+
+    @classmethod
+    def empty(cls, shape: LayerShape, device: torch.device) -> Routing:
+        """Sums over no tokens."""
+        E = shape.experts
+        return cls(
+            _zeros(E, device=device, dtype=torch.int64),
+            _zeros(E, device=device, dtype=torch.int64),
+            _zeros(E, device=device),
+            _zeros(E, device=device),
+            _zeros(E, E, device=device, dtype=torch.int64),
+        )
+
+    def add_block(self, rows: BlockRows) -> None:
+        """Add one batch."""
+        E = self.count_E.numel()
+        index_TK = rows.index_TK.clamp(max=E)  # slots without an expert go to an extra class
+        gate_TK = rows.gate_TK.double()
+        flat = index_TK.reshape(-1)
+        self.count_E += torch.bincount(flat, minlength=E + 1)[:E]
+        best_T = index_TK.gather(1, gate_TK.argmax(dim=1, keepdim=True)).reshape(-1)
+        self.top1_E += torch.bincount(best_T, minlength=E + 1)[:E]
+        sums = gate_TK.new_zeros(2, E + 1)
+        sums[0].index_add_(0, flat, gate_TK.reshape(-1))
+        sums[1].index_add_(0, flat, gate_TK.reshape(-1).square())
+        self.gate_E += sums[0, :E]
+        self.gate_sq_E += sums[1, :E]
+        hit_TE = torch.zeros(len(index_TK), E + 1, device=flat.device).scatter_(1, index_TK, 1.0)
+        self.together_EE += (hit_TE.T @ hit_TE)[:E, :E].long()  # exact: counts below 2^24 a batch
+
+
+@dataclass
+class Inputs(Accumulator):
+    """Column norms of the gate and up matrices' input: sum x^2 and sum (g x)^2, [E, H]."""
+
+    name: ClassVar[str] = "inputs"
+    sq_EH: Tensor
+    gated_sq_EH: Tensor
+
+    @classmethod
+    def empty(cls, shape: LayerShape, device: torch.device) -> Inputs:
+        """Sums over no tokens."""
+        size = (shape.experts, shape.hidden)
+        return cls(_zeros(*size, device=device), _zeros(*size, device=device))
+
+    def add_expert(self, rows: ExpertRows) -> None:
+        """Add one expert's tokens."""
+        sums_2H = _plain_and_squared_gate(rows.gate_n) @ rows.x_nH.float().square()
+        self.sq_EH[rows.expert] += sums_2H[0]
+        self.gated_sq_EH[rows.expert] += sums_2H[1]
+
+
+@dataclass
+class Hidden(Accumulator):
+    """The down matrix's input: sum h^2, sum (g h)^2 and sum h, [E, I]."""
+
+    name: ClassVar[str] = "hidden"
+    sq_EI: Tensor
+    gated_sq_EI: Tensor
+    sum_EI: Tensor
+
+    @classmethod
+    def empty(cls, shape: LayerShape, device: torch.device) -> Hidden:
+        """Sums over no tokens."""
+        size = (shape.experts, shape.intermediate)
+        return cls(*(_zeros(*size, device=device) for _ in range(3)))
+
+    def add_expert(self, rows: ExpertRows) -> None:
+        """Add one expert's tokens."""
+        h_nI = rows.h_nI.float()
+        weights_2n = _plain_and_squared_gate(rows.gate_n)
+        self.sum_EI[rows.expert] += (weights_2n[:1] @ h_nI)[0]
+        sums_2I = weights_2n @ h_nI.square()
+        self.sq_EI[rows.expert] += sums_2I[0]
+        self.gated_sq_EI[rows.expert] += sums_2I[1]
+
+
+@dataclass
+class Outputs(Accumulator):
+    """The experts' outputs f (before the gate), enough for every novice and every norm score.
+
+    mean_EH and m2_EH = sum (f - mean)^2 merge by Chan's formula; gated_EH = sum g^2 f gives the
+    least-squares constant; norm_E = sum |f|, norm_sq_E = sum |f|^2, gate_norm_E = sum g |f|,
+    gate_sq_norm_sq_E = sum g^2 |f|^2. With them sum g^2 |f - v|^2 is known for any constant v.
+    """
+
+    name: ClassVar[str] = "outputs"
+    count_E: Tensor
+    mean_EH: Tensor
+    m2_EH: Tensor
+    gated_EH: Tensor
+    norm_E: Tensor
+    norm_sq_E: Tensor
+    gate_norm_E: Tensor
+    gate_sq_norm_sq_E: Tensor
+
+    @classmethod
+    def empty(cls, shape: LayerShape, device: torch.device) -> Outputs:
+        """Sums over no tokens."""
+        E, H = shape.experts, shape.hidden
+        return cls(
+            _zeros(E, device=device, dtype=torch.int64),
+            *(_zeros(E, H, device=device) for _ in range(3)),
+            *(_zeros(E, device=device) for _ in range(4)),
+        )
+
+    def add_expert(self, rows: ExpertRows) -> None:
+        """Add one expert's tokens."""
+        e, n = rows.expert, len(rows.gate_n)
+        f_nH = rows.f_nH.float()
+        gate_n = rows.gate_n.double()
+        norm_n = torch.linalg.vector_norm(f_nH, dim=1).double()
+        self.norm_E[e] += norm_n.sum()
+        self.norm_sq_E[e] += norm_n.square().sum()
+        self.gate_norm_E[e] += (gate_n * norm_n).sum()
+        self.gate_sq_norm_sq_E[e] += (gate_n * norm_n).square().sum()
+        sums_2H = _plain_and_squared_gate(rows.gate_n) @ f_nH
+        self.gated_EH[e] += sums_2H[1]
+        mean_H = sums_2H[0] / n
+        m2_H = (f_nH - mean_H).square_().sum(dim=0)
+        one = slice(e, e + 1)
+        self._chan(one, torch.tensor([n], device=f_nH.device), mean_H.double(), m2_H.double())
+
+    def merge(self, other: Accumulator) -> None:
+        """Add the sums of ``other``; mean and deviations by Chan's formula."""
+        assert isinstance(other, Outputs)
+        self._chan(slice(None), other.count_E, other.mean_EH, other.m2_EH)
+        for name in ("gated_EH", "norm_E", "norm_sq_E", "gate_norm_E", "gate_sq_norm_sq_E"):
+            getattr(self, name).add_(getattr(other, name))
+
+    def _chan(self, at: slice, n_b: Tensor, mean_b: Tensor, m2_b: Tensor) -> None:
+        n_a = self.count_E[at]
+        total = n_a + n_b
+        share = (n_b.double() / total.clamp(min=1))[:, None]
+        delta = mean_b - self.mean_EH[at]
+        self.m2_EH[at] += m2_b + delta.square() * (n_a[:, None] * share)
+        self.mean_EH[at] += delta * share
+        self.count_E[at] = total
+
+    def variance_EH(self) -> Tensor:
+        """Unbiased variance of each output dimension; 0 where fewer than two tokens were seen."""
+        return self.m2_EH / (self.count_E - 1).clamp(min=1)[:, None]
+
+
+@dataclass
+class InputGram(Accumulator):
+    """sum x x^T per expert, [E, H, H], float32: large; only for methods that ask for it."""
+
+    name: ClassVar[str] = "input-gram"
+    gram_EHH: Tensor
+
+    @classmethod
+    def empty(cls, shape: LayerShape, device: torch.device) -> InputGram:
+        """Sums over no tokens."""
+        size = (shape.experts, shape.hidden, shape.hidden)
+        return cls(_zeros(*size, device=device, dtype=torch.float32))
+
+    def add_expert(self, rows: ExpertRows) -> None:
+        """Add one expert's tokens."""
+        x_nH = rows.x_nH.float()
+        self.gram_EHH[rows.expert].addmm_(x_nH.T, x_nH)
+
+
+@dataclass
+class HiddenGram(Accumulator):
+    """sum h h^T per expert, [E, I, I], float32: large; only for methods that ask for it."""
+
+    name: ClassVar[str] = "hidden-gram"
+    gram_EII: Tensor
+
+    @classmethod
+    def empty(cls, shape: LayerShape, device: torch.device) -> HiddenGram:
+        """Sums over no tokens."""
+        size = (shape.experts, shape.intermediate, shape.intermediate)
+        return cls(_zeros(*size, device=device, dtype=torch.float32))
+
+    def add_expert(self, rows: ExpertRows) -> None:
+        """Add one expert's tokens."""
+        h_nI = rows.h_nI.float()
+        self.gram_EII[rows.expert].addmm_(h_nI.T, h_nI)
+
+
+@dataclass
+class RouterGram(Accumulator):
+    """Sum z and sum z z^T of the router's first output, over its first E columns.
+
+    Most routers return logits first; the few that return probabilities are what they are, and
+    a similarity computed from them is one of probabilities.
+    """
+
+    name: ClassVar[str] = "router"
+    needs_router: ClassVar[bool] = True
+    sum_E: Tensor
+    gram_EE: Tensor
+
+    @classmethod
+    def empty(cls, shape: LayerShape, device: torch.device) -> RouterGram:
+        """Sums over no tokens."""
+        E = shape.experts
+        return cls(_zeros(E, device=device), _zeros(E, E, device=device))
+
+    def add_block(self, rows: BlockRows) -> None:
+        """Add one batch."""
+        if rows.logits_TR is None:
+            return
+        z_TE = rows.logits_TR[:, : self.sum_E.numel()].double()
+        self.sum_E += z_TE.sum(dim=0)
+        self.gram_EE += z_TE.T @ z_TE
+
+
+@dataclass
+class TokenSample(Accumulator):
+    """A bounded sample of block inputs: the S tokens with the smallest keys.
+
+    Keys are pseudo-random and belong to the token, not to the run, so the sample does not depend on
+    batches, their order or the number of processes, and it is the same tokens in every layer.
+    """
+
+    name: ClassVar[str] = "sample"
+    key_S: Tensor
+    x_SH: Tensor
+
+    @classmethod
+    def empty(cls, shape: LayerShape, device: torch.device) -> TokenSample:
+        """A sample of no tokens."""
+        return cls(
+            _zeros(0, device=device, dtype=torch.int64),
+            _zeros(0, shape.hidden, device=device, dtype=torch.float32),
+        )
+
+    def add_block(self, rows: BlockRows) -> None:
+        """Add one batch."""
+        smallest = torch.argsort(rows.key_T, stable=True)[:SAMPLE_SIZE]
+        self.merge(TokenSample(rows.key_T[smallest], rows.x_TH[smallest].float()))
+
+    def merge(self, other: Accumulator) -> None:
+        """Keep the smallest keys of both."""
+        assert isinstance(other, TokenSample)
+        key = torch.cat((self.key_S, other.key_S))
+        x = torch.cat((self.x_SH, other.x_SH))
+        smallest = torch.argsort(key, stable=True)[:SAMPLE_SIZE]
+        self.key_S, self.x_SH = key[smallest], x[smallest]
+
+
+ACCUMULATORS: dict[str, type[Accumulator]] = {
+    kind.name: kind
+    for kind in (
+        Routing, Inputs, Hidden, Outputs, RouterGram, TokenSample, InputGram, HiddenGram,
+    )
+}  # fmt: skip
+
+LIGHT = ("routing", "inputs", "hidden", "outputs", "router", "sample")
+"""Everything but the Gram matrices: what a calibration collects unless told otherwise."""

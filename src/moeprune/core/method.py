@@ -1,0 +1,165 @@
+"""What a method is: a frozen dataclass of options that turns one layer's facts into a plan.
+
+A method sees statistics and, if it asks for them, weights; it never touches the disk, transformers
+or another method. The registry is the only mutable state of the package.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Protocol
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from moeprune.core.budget import Budget
+from moeprune.core.plan import LayerPlan
+from moeprune.core.shapes import LayerShape
+from moeprune.core.statistics import LayerStatistics
+from moeprune.errors import BudgetError, MoepruneError, nearest
+
+
+class ExpertWeights(Protocol):
+    """Read access to one layer's expert matrices."""
+
+    def matrix(self, expert: int, role: str) -> Tensor:
+        """One matrix as float32, rows = outputs, columns = inputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a method may look at to decide about one layer.
+
+    Attributes:
+        shape: the layer's sizes.
+        statistics: sums over the calibration tokens; None if the method needs none.
+        weights: the experts' matrices.
+    """
+
+    shape: LayerShape
+    statistics: LayerStatistics | None
+    weights: ExpertWeights
+
+    def need(self) -> LayerStatistics:
+        """The statistics, or a clear error."""
+        if self.statistics is None:
+            raise MoepruneError(
+                "this method scores experts on calibration text, and there are no statistics",
+                "run moeprune calibrate first and give its output as --statistics",
+            )
+        return self.statistics
+
+
+@dataclass(frozen=True)
+class Context:
+    """What belongs to the run and not to a layer.
+
+    Attributes:
+        budget: how much to remove.
+        seed: for whatever is random.
+        warn: takes a sentence for the user; it ends up in the plan.
+        progress: called with (done, total, what) inside long computations.
+    """
+
+    budget: Budget
+    seed: int = 0
+    warn: Callable[[str], None] = lambda text: None
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of all methods; a subclass is a frozen dataclass whose fields are its options.
+
+    Class attributes:
+        name: as on the command line.
+        summary: one line for ``moeprune methods``.
+        source: arXiv id of the paper.
+        budgets: the budget kinds it understands (``ratio``, ``keep``, ``tau``, ``pattern``).
+        needs: accumulators that it reads; empty for a data-free method.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    budgets: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a layer must be edited before the next one is observed."""
+        return False
+
+    @abstractmethod
+    def plan_layer(self, view: LayerView, context: Context) -> LayerPlan:
+        """Decide about one layer from its own facts."""
+
+    def plan_model(self, views: Iterable[LayerView], context: Context) -> dict[int, LayerPlan]:
+        """Decide about all layers; methods in which layers compete override this.
+
+        ``views`` may be iterated more than once; each pass loads one layer at a time.
+        """
+        return {view.shape.layer: self.plan_layer(view, context) for view in views}
+
+    def accept(self, budget: Budget) -> None:
+        """Raise ``BudgetError`` if this method does not understand ``budget``."""
+        if budget.kind not in self.budgets:
+            allowed = ", ".join(f"--{kind}" for kind in self.budgets)
+            raise BudgetError(f"{self.name} has no --{budget.kind}", f"it takes {allowed}")
+
+    def options(self) -> dict[str, Any]:
+        """All options with their values, as they stand in a plan."""
+        return asdict(self)
+
+
+@dataclass
+class _Registry:
+    classes: dict[str, type[Method]] = field(default_factory=dict)
+    loaded: bool = False
+
+
+_REGISTRY = _Registry()
+ENTRY_POINT_GROUP = "moeprune.methods"
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Make a method known by its name; a class decorator for methods outside this package."""
+    _REGISTRY.classes[method.name] = method
+    return method
+
+
+def methods() -> dict[str, type[Method]]:
+    """All known methods by name: registered ones and those of installed entry points."""
+    if not _REGISTRY.loaded:
+        for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
+            _REGISTRY.classes.setdefault(point.name, point.load())
+        _REGISTRY.loaded = True
+    return dict(sorted(_REGISTRY.classes.items()))
+
+
+def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """The method ``name`` with ``options``; strings are parsed into the options' types.
+
+    Raises:
+        MoepruneError: no such method, no such option, or a value that does not fit.
+    """
+    known = methods()
+    if name not in known:
+        raise MoepruneError(f"unknown method {name!r}", nearest(name, known))
+    kind = known[name]
+    allowed = {f: info for f, info in kind.__dataclass_fields__.items() if info.init}
+    for option in options or {}:
+        if option not in allowed:
+            raise MoepruneError(f"{name} has no option {option!r}", nearest(option, allowed))
+    try:
+        method = TypeAdapter(kind).validate_python(dict(options or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MoepruneError(f"{name}, option {where}: {first['msg']}") from error
+    assert isinstance(method, Method)
+    return method

@@ -1,0 +1,1 @@
+"""The methods, one file each; they import ``moeprune.core`` only and never each other."""

@@ -1,0 +1,1 @@
+"""Everything that knows transformers and safetensors: reading, walking, editing, opening."""

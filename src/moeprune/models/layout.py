@@ -1,0 +1,182 @@
+"""Which tensor on disk is which expert's, and which rows of a router belong to which expert.
+
+The mapping is transformers' own (its conversion mapping from checkpoint names to parameters), so
+per-expert and fused checkpoints, renamed and transposed ones are all read the same way.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import MergeModulelist, Transpose
+
+from moeprune.errors import UnsupportedModelError
+from moeprune.models import quirks
+from moeprune.models.checkpoint import Checkpoint, TensorInfo
+from moeprune.models.loading import LayeredModel
+from moeprune.models.sites import MoESite
+
+_EXPERT_INDEX = re.compile(r"(?P<head>.*experts\.)(?P<expert>\d+)(?P<tail>\..*)")
+
+
+@dataclass(frozen=True)
+class DiskTensor:
+    """A tensor on disk that an edit of the experts touches.
+
+    Attributes:
+        key: its name.
+        layer: the MoE layer.
+        role: ``gate``, ``up``, ``down``, ``gate_up`` (both, fused), ``other`` (biases) or
+            ``router``.
+        expert: whose it is, where experts are stored one by one; None where they are fused.
+        dim: the axis with one entry per expert, where they are fused and for routers.
+        input_dim: the axis of the matrix's inputs: -1, or -2 where it is stored transposed.
+    """
+
+    key: str
+    layer: int
+    role: str
+    expert: int | None
+    dim: int = 0
+    input_dim: int = -1
+
+    def renamed(self, expert: int) -> str:
+        """The name under another expert's id."""
+        match = _EXPERT_INDEX.fullmatch(self.key)
+        assert match is not None, "only per-expert tensors are renamed"
+        return f"{match['head']}{expert}{match['tail']}"
+
+    @property
+    def experts_prefix(self) -> str:
+        """The name up to and including ``experts.``."""
+        match = _EXPERT_INDEX.fullmatch(self.key)
+        assert match is not None, "only per-expert tensors have an id in their name"
+        return match["head"]
+
+
+def expert_layout(model: LayeredModel) -> dict[str, DiskTensor]:
+    """All tensors that belong to experts or have one entry per expert, by name on disk.
+
+    Raises:
+        UnsupportedModelError: the model's experts cannot be edited on disk; the message says why.
+    """
+    refuse(model)
+    found: dict[str, DiskTensor] = {}
+    for key, info in model.checkpoint.tensors.items():
+        name, pattern = model.target(key)
+        if name is None:
+            if _EXPERT_INDEX.fullmatch(key):
+                raise UnsupportedModelError(
+                    f"{key} belongs to experts that transformers does not load "
+                    "(an attached prediction head?); editing them is not supported yet"
+                )
+            continue
+        site = model.sites.get(model.group(name))
+        if site is None:
+            continue
+        tensor = _router_tensor(key, name, info, site)
+        if tensor is None and name.startswith(site.experts_name + "."):
+            tensor = _expert_tensor(key, name, pattern, info, site, model)
+        if tensor is not None:
+            found[key] = tensor
+    return found
+
+
+def refuse(model: LayeredModel) -> None:
+    """Raise ``UnsupportedModelError`` if the model has no experts, or none that we can edit."""
+    kind = model.config.get_text_config().model_type
+    for name in (kind, model.config.model_type):
+        if name in quirks.REFUSED:
+            raise UnsupportedModelError(f"{name} is not supported: {quirks.REFUSED[name]}")
+    if not model.sites:
+        raise UnsupportedModelError(
+            f"{model.checkpoint.path} is a dense model ({kind}): it has no experts to prune",
+            "moeprune works on Mixture-of-Experts models",
+        )
+    for name in model.model.state_dict():
+        last = name.rpartition(".")[2]
+        if last in quirks.REFUSED_LAYERS:
+            raise UnsupportedModelError(f"{kind} is not supported: {quirks.REFUSED_LAYERS[last]}")
+
+
+def _router_tensor(key: str, name: str, info: TensorInfo, site: MoESite) -> DiskTensor | None:
+    for tensor in site.router_tensors:
+        if tensor.name == name:
+            if len(info.shape) <= tensor.dim or info.shape[tensor.dim] != tensor.size:
+                raise UnsupportedModelError(f"{key}: {list(info.shape)} is not the router's shape")
+            return DiskTensor(key, site.shape.layer, "router", None, tensor.dim)
+    return None
+
+
+def _expert_tensor(
+    key: str, name: str, pattern: str | None, info: TensorInfo, site: MoESite, model: LayeredModel
+) -> DiskTensor | None:
+    parameter = name.removeprefix(site.experts_name + ".")
+    if "." in parameter or parameter == "novice_value":
+        return None  # a norm inside the experts module, shared by all of them
+    role = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}.get(parameter, "other")
+    transposed = bool(site.experts.is_transposed)
+    per_expert = False
+    if pattern is not None:
+        converter = model.converter(pattern)
+        per_expert = any(isinstance(op, MergeModulelist) for op in converter.operations)
+        transposed ^= any(isinstance(op, Transpose) for op in converter.operations)
+        if role == "gate_up" and len(converter.source_patterns) == 2:
+            role = ("gate", "up")[converter.source_patterns.index(pattern)]
+    match = _EXPERT_INDEX.fullmatch(key)
+    if per_expert and match is None:
+        raise UnsupportedModelError(f"{key}: no expert id in its name")
+    expert = int(match["expert"]) if per_expert and match is not None else None
+    tensor = DiskTensor(key, site.shape.layer, role, expert, 0, -2 if transposed else -1)
+    _check_shape(tensor, info, site)
+    return tensor
+
+
+def _check_shape(tensor: DiskTensor, info: TensorInfo, site: MoESite) -> None:
+    shape = site.shape
+    fits = tensor.expert is not None or info.shape[0] == shape.experts
+    if tensor.role != "other":
+        width = shape.intermediate if tensor.role == "down" else shape.hidden
+        fits = fits and len(info.shape) >= 2 and info.shape[tensor.input_dim] == width  # noqa: PLR2004
+    if not fits:
+        raise UnsupportedModelError(
+            f"{tensor.key}: unexpected shape {list(info.shape)} for {shape.experts} experts of "
+            f"{shape.hidden} x {shape.intermediate}"
+        )
+
+
+class DiskExperts:
+    """One layer's expert matrices, read from disk when asked for."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, layout: dict[str, DiskTensor], site: MoESite
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._interleaved = not site.experts.is_concatenated
+        self._tensors = {
+            (tensor.role, tensor.expert): tensor
+            for tensor in layout.values()
+            if tensor.layer == site.shape.layer and tensor.role not in ("router", "other")
+        }
+
+    def matrix(self, expert: int, role: str) -> Tensor:
+        """One matrix as float32 [outputs, inputs]."""
+        single = self._tensors.get((role, expert))
+        if single is not None:
+            return self._oriented(self._checkpoint.read(single.key), single)
+        fused = self._tensors.get((role, None))
+        if fused is not None:
+            return self._oriented(self._checkpoint.read_row(fused.key, expert), fused)
+        both = self._tensors[("gate_up", None)]
+        stacked = self._oriented(self._checkpoint.read_row(both.key, expert), both)
+        if self._interleaved:
+            return stacked[("gate", "up").index(role) :: 2].contiguous()
+        return stacked.chunk(2)[("gate", "up").index(role)].contiguous()
+
+    @staticmethod
+    def _oriented(tensor: Tensor, disk: DiskTensor) -> Tensor:
+        tensor = tensor.T if disk.input_dim == -2 else tensor  # noqa: PLR2004
+        return tensor.to(torch.float32).contiguous()

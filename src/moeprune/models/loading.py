@@ -1,0 +1,250 @@
+"""A model on the meta device whose decoder layers are filled from disk one at a time.
+
+This is the only module that calls transformers' internal loading functions; pyproject pins the
+minor version, and tests/models/test_walk.py holds them to bit-equality with ``from_pretrained``.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from moeprune.errors import CheckpointError, UnsupportedModelError
+from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.runtime import novice_class
+from moeprune.models.sites import MoESite, find_sites, is_experts, text_config
+
+RESIDENT = -1
+"""Key of the tensors outside the decoder layers: embeddings, final norm, head."""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No advice and no progress bars from transformers: both would be one per layer."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def read_config(checkpoint: Checkpoint) -> Any:
+    """The transformers configuration of a checkpoint; remote code never runs.
+
+    Raises:
+        UnsupportedModelError: transformers does not know the architecture.
+    """
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        kind = checkpoint.config.get("model_type", "without model_type")
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(
+            f"transformers cannot read the configuration of {checkpoint.path} (model {kind!r})",
+            first[:200],
+        ) from error
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model with parameters on meta and real buffers (rotary tables, correction biases)."""
+    cls = native_class(config)
+    if getattr(text_config(config), "approximate_experts", None):
+        cls = novice_class(cls)
+    with quiet_transformers(), init_empty_weights(include_buffers=False):
+        model: nn.Module = cls._from_config(config, dtype=dtype).eval()
+    return model
+
+
+def native_class(config: Any) -> Any:
+    """transformers' own class for a causal language model of this configuration."""
+    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if cls is None:
+        raise UnsupportedModelError(f"{config.model_type} is not a causal language model")
+    return cls[0] if isinstance(cls, (list, tuple)) else cls
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers, as (qualified name, module list).
+
+    Raises:
+        UnsupportedModelError: there is none of the configured length.
+    """
+    config = text_config(model.config)
+    counts = {getattr(config, key, None) for key in ("num_hidden_layers", "num_layers")}
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) in counts
+    ]
+    for name, module in lists:
+        if any(is_experts(m) for m in module.modules()):
+            return name, module
+    if lists:
+        return lists[0]
+    raise UnsupportedModelError(f"{config.model_type}: its list of decoder layers was not found")
+
+
+class LayeredModel:
+    """A causal language model of which only the non-layer tensors stay in memory.
+
+    Args:
+        checkpoint: where the weights are.
+        dtype: to compute in; None takes the checkpoint's own.
+        device: to compute on.
+
+    Attributes:
+        model: the transformers model; decoder layers are on meta unless loaded.
+        layers: its list of decoder layers.
+        prefix: the qualified name of that list.
+        sites: MoE blocks by layer index.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = read_config(checkpoint)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise UnsupportedModelError(
+                f"{checkpoint.path} is quantised; quantised checkpoints are not supported yet",
+                "use the bf16 checkpoint",
+            )
+        stored = getattr(text_config(self.config), "dtype", None) or torch.float32
+        self.dtype = dtype or stored
+        self.device = torch.device(device)
+        self.model = skeleton(self.config, self.dtype)
+        self.prefix, self.layers = find_layers(self.model)
+        self.sites: dict[int, MoESite] = find_sites(self.model, self.prefix)
+        self._mapping = get_model_conversion_mapping(self.model, None, None)
+        self._names = self._in_memory_names()
+        self._resident = False
+
+    def _in_memory_names(self) -> dict[str, tuple[str | None, str | None]]:
+        """Disk name -> (parameter name or None if the model does not use it, matched pattern)."""
+        renamings = [w for w in self._mapping if isinstance(w, WeightRenaming)]
+        converters = [w for w in self._mapping if isinstance(w, WeightConverter)]
+        state = self.model.state_dict()
+        base = self.model.base_model_prefix
+        names: dict[str, tuple[str | None, str | None]] = {}
+        for key in self.checkpoint.tensors:
+            name, pattern = rename_source_key(key, renamings, converters, base, state)
+            if name not in state and key in state:
+                name, pattern = key, None
+            names[key] = (name if name in state else None, pattern)
+        return names
+
+    def target(self, key: str) -> tuple[str | None, str | None]:
+        """The parameter that a tensor on disk becomes (part of), and the conversion's pattern."""
+        return self._names[key]
+
+    def converter(self, pattern: str) -> WeightConverter:
+        """The conversion that ``pattern`` belongs to."""
+        return next(
+            w
+            for w in self._mapping
+            if isinstance(w, WeightConverter) and pattern in w.source_patterns
+        )
+
+    def group(self, name: str) -> int:
+        """The layer that a parameter belongs to, or ``RESIDENT``."""
+        match = re.match(re.escape(self.prefix) + r"\.(\d+)\.", name)
+        return int(match[1]) if match else RESIDENT
+
+    def load_resident(self) -> None:
+        """Load what stays in memory: everything outside the decoder layers."""
+        if self._resident:
+            return
+        self._load(RESIDENT)
+        self.model.tie_weights()
+        missing = [
+            name
+            for name, p in self.model.named_parameters()
+            if p.is_meta and self.group(name) == RESIDENT
+        ]
+        self._refuse_missing(missing)
+        # buffers were built on the CPU; parameters of the layers are still on meta
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+        self._resident = True
+
+    def load_layer(self, index: int) -> None:
+        """Load one decoder layer through transformers' own conversion.
+
+        Tensors that need no conversion stay where the file is mapped, exactly as
+        ``from_pretrained`` leaves them: some matrix kernels round by the address of their operands.
+        Their pages are touched here, so that the disk is read now and not while computing.
+        """
+        self._load(index)
+        self._refuse_missing([n for n, p in self.layers[index].named_parameters() if p.is_meta])
+        for p in self.layers[index].parameters():
+            if p.device.type == "cpu" and p.is_contiguous():
+                p.data.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+
+    def free_layer(self, index: int) -> None:
+        """Put one decoder layer back on meta."""
+        for module in self.layers[index].modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    meta = torch.empty_like(p, device="meta")
+                    module._parameters[name] = nn.Parameter(meta, requires_grad=False)
+
+    def _refuse_missing(self, names: list[str]) -> None:
+        if names:
+            raise CheckpointError(
+                f"{self.checkpoint.path} has no weights for {names[0]} (and {len(names) - 1} more)",
+                "the checkpoint is incomplete, or not of this architecture",
+            )
+
+    def _load(self, group: int) -> None:
+        files: dict[Any, list[str]] = {}
+        for key, (name, _) in self._names.items():
+            if name is not None and self.group(name) == group:
+                files.setdefault(self.checkpoint.tensors[key].file, []).append(key)
+        # opened per layer, so that mapped pages of earlier layers do not stay resident
+        handles = [(safe_open(file, "pt"), keys) for file, keys in files.items()]
+        state = {key: handle.get_slice(key) for handle, keys in handles for key in keys}
+        config = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.dtype,
+            weight_mapping=self._mapping,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+        )
+        try:
+            with quiet_transformers():
+                info, _ = convert_and_load_state_dict_in_model(self.model, state, config, None)
+        except SafetensorError as error:
+            raise CheckpointError(f"damaged weights in {self.checkpoint.path}: {error}") from error
+        wrong = [*(str(m) for m in info.mismatched_keys), *(str(e) for e in info.conversion_errors)]
+        if wrong:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: weights do not fit the configuration: {wrong[0]}",
+                "the checkpoint and its config.json do not belong together",
+            )

@@ -1,0 +1,159 @@
+# This file travels with checkpoints: it depends on torch and transformers only.
+"""Opens MoE checkpoints in which some experts are constant vectors ("novices", arXiv 2507.00390).
+
+The routers are unchanged and select among all E experts. A token routed to a novice receives its
+vector times the gate, as it would receive an expert's output times the gate; only the experts that
+remain are stored and computed.
+
+Layout on disk: ``config.approximate_experts = {"<layer>": [ids of novices]}``. Where experts are
+stored one by one, the remaining ones keep their ids and ``<experts>.<id>.approx_value`` [H] is a
+novice. Where they are stored fused, the fused tensors hold the remaining experts in ascending order
+and ``<experts>.novice_value`` [R, H] the novices.
+"""
+
+import re
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import MergeModulelist, SplitModulelist, WeightConverter
+
+
+def novices_of(config, layer):
+    """The ids that are novices in a layer, ascending."""
+    return sorted(int(e) for e in config.get_text_config().approximate_experts.get(str(layer), ()))
+
+
+class MergeKept(MergeModulelist):
+    """Stacks the experts that are there; the reverse gives them their own ids back."""
+
+    @property
+    def reverse_op(self):
+        return SplitKept(self.dim)
+
+
+class SplitKept(SplitModulelist):
+    """Names the slices of a fused tensor by the ids that they have among all E experts."""
+
+    @property
+    def reverse_op(self):
+        return MergeKept(self.dim)
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict,
+        source_patterns,
+        target_patterns,
+        model=None,
+        full_layer_name=None,
+        **kwargs,
+    ):
+        layer = re.search(r"\.(\d+)\.", full_layer_name)[1]
+        novices = novices_of(model.config, layer)
+        # the caller looks for expert 0 to find the prefix, and 0 may be a novice: give whole names
+        prefix = full_layer_name.partition(target_patterns[0])[0]
+        result = {}
+        for source, tensors in input_dict.items():
+            tensor = tensors[0] if isinstance(tensors, list) else tensors
+            single = len(input_dict) == 1 and len(target_patterns) == 1
+            pattern = target_patterns[0] if single else source
+            if "approx_value" in pattern:
+                ids = novices
+            else:
+                total = tensor.size(self.dim) + len(novices)
+                ids = [e for e in range(total) if e not in novices]
+            for expert, piece in zip(ids, tensor.unbind(self.dim)):
+                result[prefix + pattern.replace("*", str(expert))] = piece.contiguous()
+        return result
+
+
+def register(class_name, model_type):
+    """Teach transformers how checkpoints of the class ``class_name`` are laid out on disk."""
+    mapping = get_checkpoint_conversion_mapping(model_type) or []
+    experts = None
+    for i, entry in enumerate(mapping):
+        if not isinstance(entry, WeightConverter):
+            continue
+        sources = list(entry._original_source_patterns)
+        if not any("experts.*" in source for source in sources):
+            continue
+        operations = [
+            MergeKept(op.dim) if type(op) is MergeModulelist else op for op in entry.operations
+        ]
+        mapping[i] = WeightConverter(sources, list(entry._original_target_patterns), operations)
+        experts = sources[0].partition("experts.*")[0] + "experts."
+        target = entry._original_target_patterns[0].rpartition(".")[0] + "."
+    if experts is not None:
+        name = WeightConverter(
+            experts + "*.approx_value", target + "novice_value", operations=[MergeKept(0)]
+        )
+        mapping.append(name)
+    register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
+
+
+class NoviceExperts:
+    """Mixin for an experts module that holds fewer experts than its router selects among."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights, *args, **kwargs):
+        # slot_of_expert: the position among the remaining experts, or len(remaining) + novice row
+        slots = self.__dict__.get("_slots")
+        if slots is None or slots.device != top_k_index.device:
+            slots = torch.tensor(self.slot_of_expert, device=top_k_index.device)
+            self.__dict__["_slots"] = slots
+        slot = slots[top_k_index]
+        novice = slot >= self.num_experts
+        # ids from num_experts on are skipped by every implementation, so novices cost no product
+        out = super().forward(
+            hidden_states,
+            slot.clamp(max=self.num_experts),
+            top_k_weights.masked_fill(novice, 0),
+            *args,
+            **kwargs,
+        )
+        constant = nn.functional.embedding_bag(
+            (slot - self.num_experts).clamp(min=0),
+            self.novice_value.float(),
+            per_sample_weights=top_k_weights.float().masked_fill(~novice, 0),
+            mode="sum",
+        )
+        return out + constant.to(out.dtype)
+
+
+def install(model):
+    """Shrink the experts modules of a model that was just built, and add the novices' vectors."""
+    for name, experts in list(model.named_modules()):
+        if not (hasattr(experts, "is_transposed") and hasattr(experts, "has_gate")):
+            continue
+        novices = novices_of(model.config, re.search(r"\.(\d+)\.", name)[1])
+        if not novices:
+            continue
+        total = experts.num_experts
+        kept = [e for e in range(total) if e not in novices]
+        for key, p in list(experts.named_parameters(recurse=False)):
+            if p.shape[0] == total:
+                data = torch.empty(len(kept), *p.shape[1:], dtype=p.dtype, device=p.device)
+                setattr(experts, key, nn.Parameter(data, requires_grad=p.requires_grad))
+        down = experts.down_proj
+        hidden = down.shape[2] if experts.is_transposed else down.shape[1]
+        value = torch.zeros(len(novices), hidden, dtype=down.dtype, device=down.device)
+        experts.novice_value = nn.Parameter(value)
+        experts.num_experts = len(kept)
+        experts._is_expert_parallel = True  # makes ids >= num_experts legal in the fast kernels
+        order = kept + novices
+        experts.slot_of_expert = [order.index(e) for e in range(total)]
+        cls = type(experts)
+        experts.__class__ = type(
+            "Novice" + cls.__name__, (NoviceExperts, cls), {"__module__": cls.__module__}
+        )
+
+
+class NoviceModel:
+    """Mixin for a causal language model; put it before the native class."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        install(self)

@@ -1,0 +1,34 @@
+"""What discovery cannot see, as data. A new model family should need no entry here."""
+
+from __future__ import annotations
+
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""config.json keys that hold E, whichever a vendor uses."""
+
+TOP_K_KEYS = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts",
+)  # fmt: skip
+"""config.json keys that hold K."""
+
+ROUTER_NAMES = ("gate", "router")
+"""Attribute of the MoE block (or of the decoder layer) that is the router."""
+
+PER_EXPERT_NAMES = (
+    "bias", "e_score_correction_bias", "expert_bias", "per_expert_scale", "balancing_biases",
+)  # fmt: skip
+"""Last part of the name of router tensors that have one entry per expert; a matrix called
+``weight`` has one row per expert. Any other router tensor of that size is refused."""
+
+REFUSED = {
+    "doge": "its experts are rows of embedding tables found by product keys, not feed-forward experts",
+    "jetmoe": "it routes attention experts as well, and its experts have their own layout",
+    "dbrx": "its experts are stored as one matrix for all experts (planned)",
+    "llama4": "its router scales the experts' inputs and runs all experts on all tokens (planned)",
+    "llama4_text": "its router scales the experts' inputs and runs all experts on all tokens (planned)",
+    "longcat_flash": "its router has rows for identity experts and no common experts interface (planned)",
+    "zaya": "its router is a network of its own, and transformers resets its biases on load (planned)",
+}
+"""Model types whose experts are not pruned yet, with the reason that the user is told."""
+
+REFUSED_LAYERS = {"tid2eid": "some layers choose experts by a table over token ids (planned)"}
+"""Router tensors that make an edit of the expert list wrong, with the reason."""

@@ -1,0 +1,162 @@
+"""The walk: every batch through every decoder layer, one layer in memory at a time.
+
+While a layer computes, the next one is read from disk, so that two layers are resident and never
+more. Statistics are collected per batch and added up in order of batches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moeprune.core.statistics import LayerStatistics
+from moeprune.models.loading import LayeredModel
+from moeprune.models.lockstep import Job, Lockstep
+from moeprune.models.observe import Collector, observed
+from moeprune.models.sites import MoESite
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all); a step is one batch through one layer."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids that go through the model together.
+
+    Attributes:
+        ids_BL: token ids.
+        key_BL: one number per token that is the same in every run on the same text.
+        mask_BL: 1 for tokens, 0 for padding; None if there is no padding.
+    """
+
+    ids_BL: Tensor
+    key_BL: Tensor
+    mask_BL: Tensor | None = None
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward."""
+        found = {"input_ids": self.ids_BL.to(device)}
+        if self.mask_BL is not None:
+            found["attention_mask"] = self.mask_BL.to(device)
+        return found
+
+    def collector(self, statistics: LayerStatistics, device: torch.device) -> Collector:
+        """Where this batch's sums of one layer go."""
+        real_T = None if self.mask_BL is None else self.mask_BL.reshape(-1).bool().to(device)
+        return Collector(statistics, self.key_BL.reshape(-1).to(device), real_T)
+
+
+@dataclass
+class Walk:
+    """A model and batches on their way through it.
+
+    Args:
+        model: where the layers come from.
+        batches: what goes through.
+        workers: batches that compute at once; 0 takes one per core on the CPU, one on a GPU.
+        progress: told after every batch of every layer.
+
+    Use it as ``with Walk(...) as walk:``, call ``layers`` to the end and then, if logits are
+    wanted, ``logits``.
+    """
+
+    model: LayeredModel
+    batches: Sequence[Batch]
+    workers: int = 0
+    progress: Progress = lambda done, total: None
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _steps: int = 0
+
+    def __enter__(self) -> Walk:
+        self.model.load_resident()
+        workers = self.workers or default_workers(self.model.device)
+        inputs = [batch.inputs(self.model.device) for batch in self.batches]
+        self._stack.callback(self._free_all)
+        self._loader = self._stack.enter_context(ThreadPoolExecutor(1, "moeprune-loader"))
+        self._lockstep = self._stack.enter_context(
+            Lockstep(self.model.model, self.model.layers, inputs, workers)
+        )
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _free_all(self) -> None:
+        for index in range(len(self.model.layers)):
+            self.model.free_layer(index)
+
+    def layers(
+        self,
+        needs: Sequence[str] = (),
+        visit: Callable[[MoESite, LayerStatistics], bool] | None = None,
+    ) -> None:
+        """Run all decoder layers.
+
+        Args:
+            needs: accumulators to collect in the MoE layers; none runs the model's own experts.
+            visit: called for each MoE layer with its statistics, its weights in memory. If it
+                returns True it has changed them, and the layer runs again before the next one.
+        """
+        following: Future[None] = self._loader.submit(self._load, 0)
+        for index in range(len(self.model.layers)):
+            following.result()
+            if index + 1 < len(self.model.layers):
+                following = self._loader.submit(self._load, index + 1)
+            site = self.model.sites.get(index)
+            if site is None or not needs:
+                self._lockstep.run(finished=lambda job: self._step())
+            else:
+                statistics = self._observe(site, needs)
+                if visit is not None and visit(site, statistics):
+                    self._lockstep.run()
+            if index + 1 < len(self.model.layers):
+                self._lockstep.advance()  # past the last layer only when logits are asked for
+            self.model.free_layer(index)
+
+    def _load(self, index: int) -> None:
+        torch.set_num_threads(1)  # this thread's copies; the batches' threads have the other cores
+        self.model.load_layer(index)
+
+    def _step(self) -> None:
+        self._steps += 1
+        self.progress(self._steps, len(self.batches) * len(self.model.layers))
+
+    def _observe(self, site: MoESite, needs: Sequence[str]) -> LayerStatistics:
+        device = self.model.device
+        total = LayerStatistics.empty(site.shape, needs, device)
+
+        def collect(index: int) -> Collector:
+            empty = LayerStatistics.empty(site.shape, needs, device)
+            return self.batches[index].collector(empty, device)
+
+        def merge(job: Job) -> None:
+            assert job.collector is not None
+            total.merge(job.collector.statistics)
+            job.collector = None
+            self._step()
+
+        with observed(site, total.needs_router):
+            self._lockstep.run(collect, merge)
+        return total
+
+    def logits(self, finished: Callable[[int, Tensor], None]) -> None:
+        """Final norm and head; ``finished`` gets each batch's index and logits [B, L, V]."""
+
+        def hand_over(job: Job) -> None:
+            output, job.output = job.output, None
+            finished(job.index, output.logits)
+
+        self._lockstep.advance(hand_over)
+
+
+def default_workers(device: torch.device) -> int:
+    """Batches that compute at once: one per core on the CPU, one on a GPU."""
+    if device.type != "cpu":
+        return 1
+    return max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
