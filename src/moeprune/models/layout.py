@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import MergeModulelist, Transpose
+from transformers.core_model_loading import Interleave, MergeModulelist, Transpose
 
 from moeprune.errors import UnsupportedModelError
 from moeprune.models import quirks
@@ -34,6 +34,7 @@ class DiskTensor:
         expert: whose it is, where experts are stored one by one; None where they are fused.
         dim: the axis with one entry per expert, where they are fused and for routers.
         input_dim: the axis of the matrix's inputs: -1, or -2 where it is stored transposed.
+        interleaved: whether the rows of a ``gate_up`` alternate between gate and up.
     """
 
     key: str
@@ -42,6 +43,7 @@ class DiskTensor:
     expert: int | None
     dim: int = 0
     input_dim: int = -1
+    interleaved: bool = False
 
     def renamed(self, expert: int) -> str:
         """The name under another expert's id."""
@@ -119,18 +121,21 @@ def _expert_tensor(
         return None  # a norm inside the experts module, shared by all of them
     role = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}.get(parameter, "other")
     transposed = bool(site.experts.is_transposed)
+    interleaved = not site.experts.is_concatenated
     per_expert = False
     if pattern is not None:
         converter = model.converter(pattern)
         per_expert = any(isinstance(op, MergeModulelist) for op in converter.operations)
         transposed ^= any(isinstance(op, Transpose) for op in converter.operations)
+        interleaved ^= any(isinstance(op, Interleave) for op in converter.operations)
         if role == "gate_up" and len(converter.source_patterns) == 2:
             role = ("gate", "up")[converter.source_patterns.index(pattern)]
     match = _EXPERT_INDEX.fullmatch(key)
     if per_expert and match is None:
         raise UnsupportedModelError(f"{key}: no expert id in its name")
     expert = int(match["expert"]) if per_expert and match is not None else None
-    tensor = DiskTensor(key, site.shape.layer, role, expert, 0, -2 if transposed else -1)
+    axis = -2 if transposed else -1
+    tensor = DiskTensor(key, site.shape.layer, role, expert, 0, axis, interleaved)
     _check_shape(tensor, info, site)
     return tensor
 
@@ -155,7 +160,6 @@ class DiskExperts:
         self, checkpoint: Checkpoint, layout: dict[str, DiskTensor], site: MoESite
     ) -> None:
         self._checkpoint = checkpoint
-        self._interleaved = not site.experts.is_concatenated
         self._tensors = {
             (tensor.role, tensor.expert): tensor
             for tensor in layout.values()
@@ -172,7 +176,7 @@ class DiskExperts:
             return self._oriented(self._checkpoint.read_row(fused.key, expert), fused)
         both = self._tensors[("gate_up", None)]
         stacked = self._oriented(self._checkpoint.read_row(both.key, expert), both)
-        if self._interleaved:
+        if both.interleaved:
             return stacked[("gate", "up").index(role) :: 2].contiguous()
         return stacked.chunk(2)[("gate", "up").index(role)].contiguous()
 

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
@@ -162,6 +163,11 @@ class LayeredModel:
     def target(self, key: str) -> tuple[str | None, str | None]:
         """The parameter that a tensor on disk becomes (part of), and the conversion's pattern."""
         return self._names[key]
+
+    def disk_name(self, name: str) -> str:
+        """The name on disk of a parameter that is stored as it is."""
+        [found] = revert_weight_conversion(self.model, {name: torch.empty(0)})
+        return str(found)
 
     def converter(self, pattern: str) -> WeightConverter:
         """The conversion that ``pattern`` belongs to."""

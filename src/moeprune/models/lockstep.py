@@ -158,6 +158,16 @@ class Lockstep:
         """Hand the outputs on: to the next layer, or through norm and head to the end."""
         self._each(lambda job: job.command(_Command.ADVANCE), finished)
 
+    def finish(self, index: int) -> Any:
+        """Let one batch that stands at the last layer run to the end; its output."""
+        job = self.jobs[index]
+        job.command(_Command.ADVANCE)
+        job.join()
+        if job.error is not None:
+            raise job.error
+        output, job.output = job.output, None
+        return output
+
     def _each(
         self, start: Callable[[Job], None], finished: Callable[[Job], None] = lambda job: None
     ) -> None:

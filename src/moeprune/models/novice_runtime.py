@@ -20,11 +20,13 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import MergeModulelist, SplitModulelist, WeightConverter
+from transformers.modeling_utils import PreTrainedModel
 
 
 def novices_of(config, layer):
     """The ids that are novices in a layer, ascending."""
-    return sorted(int(e) for e in config.get_text_config().approximate_experts.get(str(layer), ()))
+    table = getattr(config.get_text_config(), "approximate_experts", None) or {}
+    return sorted(int(e) for e in table.get(str(layer), ()))
 
 
 class MergeKept(MergeModulelist):
@@ -71,28 +73,38 @@ class SplitKept(SplitModulelist):
         return result
 
 
-def register(class_name, model_type):
-    """Teach transformers how checkpoints of the class ``class_name`` are laid out on disk."""
-    mapping = get_checkpoint_conversion_mapping(model_type) or []
-    experts = None
-    for i, entry in enumerate(mapping):
-        if not isinstance(entry, WeightConverter):
-            continue
-        sources = list(entry._original_source_patterns)
-        if not any("experts.*" in source for source in sources):
-            continue
-        operations = [
-            MergeKept(op.dim) if type(op) is MergeModulelist else op for op in entry.operations
-        ]
-        mapping[i] = WeightConverter(sources, list(entry._original_target_patterns), operations)
-        experts = sources[0].partition("experts.*")[0] + "experts."
-        target = entry._original_target_patterns[0].rpartition(".")[0] + "."
-    if experts is not None:
-        name = WeightConverter(
-            experts + "*.approx_value", target + "novice_value", operations=[MergeKept(0)]
-        )
-        mapping.append(name)
-    register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
+def register(model):
+    """Teach transformers how novice checkpoints of this model's classes are laid out on disk.
+
+    The conversions are looked up by class name and by model type; both are adapted in place, since
+    a mapping of the novice class itself would be applied beside the native one and not instead.
+    """
+    modules = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    for key in {k for m in modules for k in (type(m).__name__, m.config.model_type)}:
+        mapping = get_checkpoint_conversion_mapping(key)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(key, adapted(mapping), overwrite=True)
+
+
+def adapted(mapping):
+    """A checkpoint conversion mapping that reads and writes novices as well."""
+    found, novices = [], None
+    for entry in mapping:
+        sources = getattr(entry, "_original_source_patterns", [])
+        if any("approx_value" in source for source in sources):
+            continue  # adapted before
+        if isinstance(entry, WeightConverter) and any("experts.*" in s for s in sources):
+            operations = [
+                MergeKept(op.dim) if isinstance(op, MergeModulelist) else op
+                for op in entry.operations
+            ]
+            targets = list(entry._original_target_patterns)
+            entry = WeightConverter(list(sources), targets, operations)
+            source = sources[0].partition("experts.*")[0] + "experts.*.approx_value"
+            target = targets[0].rpartition(".")[0] + ".novice_value"
+            novices = WeightConverter(source, target, operations=[MergeKept(0)])
+        found.append(entry)
+    return found if novices is None else [*found, novices]
 
 
 class NoviceExperts:
@@ -106,10 +118,12 @@ class NoviceExperts:
             self.__dict__["_slots"] = slots
         slot = slots[top_k_index]
         novice = slot >= self.num_experts
-        # ids from num_experts on are skipped by every implementation, so novices cost no product
+        # The fast kernels skip ids from num_experts on, so novices cost no product. Some families'
+        # own loops do not know such ids: there a novice's slot runs any expert, times zero.
+        eager = self.config._experts_implementation == "eager"
         out = super().forward(
             hidden_states,
-            slot.clamp(max=self.num_experts),
+            slot.masked_fill(novice, 0 if eager else self.num_experts),
             top_k_weights.masked_fill(novice, 0),
             *args,
             **kwargs,
@@ -157,3 +171,4 @@ class NoviceModel:
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         install(self)
+        register(self)

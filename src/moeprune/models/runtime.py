@@ -21,33 +21,24 @@ _MODELING = '''\
 
 from {module} import {native}
 
-from .moeprune_novices import NoviceModel, register
+from .moeprune_novices import NoviceModel
 
 
 class {name}(NoviceModel, {native}):
     """See moeprune_novices.py."""
-
-
-register("{name}", "{model_type}")
 '''
 
 
 def novice_class(native: type[nn.Module]) -> type[Any]:
     """The class that opens novice checkpoints of the transformers class ``native``."""
-    name = f"Novice{native.__name__}"
-    config_class: Any = native.config_class  # type: ignore[attr-defined]
-    novice_runtime.register(name, config_class.model_type)
-    return type(name, (novice_runtime.NoviceModel, native), {"__module__": __name__})
+    bases = (novice_runtime.NoviceModel, native)
+    return type(f"Novice{native.__name__}", bases, {"__module__": __name__})
 
 
 def modeling_files(native: type[nn.Module]) -> dict[str, str]:
     """The two files that let a novice checkpoint open without moeprune, by name."""
-    config_class: Any = native.config_class  # type: ignore[attr-defined]
     modeling = _MODELING.format(
-        module=native.__module__,
-        native=native.__name__,
-        name=f"Novice{native.__name__}",
-        model_type=config_class.model_type,
+        module=native.__module__, native=native.__name__, name=f"Novice{native.__name__}"
     )
     runtime = Path(novice_runtime.__file__).read_text(encoding="utf-8")
     return {MODELING_FILE: modeling, RUNTIME_FILE: runtime}

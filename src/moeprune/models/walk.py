@@ -154,6 +154,11 @@ class Walk:
 
         self._lockstep.advance(hand_over)
 
+    def logits_of(self, index: int) -> Tensor:
+        """Final norm and head of one batch, logits [B, L, V]; each batch can be asked for once."""
+        output = self._lockstep.finish(index)
+        return output.logits
+
 
 def default_workers(device: torch.device) -> int:
     """Batches that compute at once: one per core on the CPU, one on a GPU."""

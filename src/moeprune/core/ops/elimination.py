@@ -32,8 +32,12 @@ class Removal:
     similarity: float
 
 
-def closest_pair_order(similarity_EE: ArrayLike, floor: int = 1) -> list[Removal]:
+def closest_pair_order(similarity_EE: ArrayLike, floor: int = 1, groups: int = 1) -> list[Removal]:
     """Return the removals, in order, that leave ``floor`` experts.
+
+    With ``groups`` > 1 (consecutive runs of experts of equal length) ``floor / groups`` remain in
+    each: once a group has come down to that, its experts stay, of a pair with one of them the other
+    goes, and pairs of two such experts are passed over. That rule is ours; the source has no groups.
 
     Each step takes the largest entry (a, b) with a != b of the matrix of the survivors, the first
     in row-major order among equal ones, so a < b.  With c the row means of that same matrix, a is
@@ -46,18 +50,24 @@ def closest_pair_order(similarity_EE: ArrayLike, floor: int = 1) -> list[Removal
 
     Shape: ``similarity_EE`` [E, E], symmetric.  The list has max(0, E - floor) entries.
 
-    Raises ValueError if the matrix is not square, symmetric and finite, or if floor < 1.
+    Raises ValueError if the matrix is not square, symmetric and finite, if floor < 1, or if E or
+    floor is not a multiple of ``groups``.
     """
     matrix_EE = _checked(similarity_EE)
     if floor < 1:
         raise ValueError(f"floor must be at least 1, got {floor}")
+    if len(matrix_EE) % groups or floor % groups:
+        raise ValueError(f"{len(matrix_EE)} experts, {floor} to keep: not multiples of {groups}")
     alive = np.arange(len(matrix_EE))
+    group_E = alive * groups // max(1, len(matrix_EE))
     order: list[Removal] = []
     while len(alive) > floor:
         current_SS = matrix_EE[np.ix_(alive, alive)]
-        a, b = _closest_pair(current_SS)
+        group_S = group_E[alive]
+        stays_S = np.bincount(group_S, minlength=groups)[group_S] <= floor // groups
+        a, b = _closest_pair(np.where(stays_S[:, None] & stays_S, -np.inf, current_SS))
         a_is_central = math.fsum(current_SS[a]) > math.fsum(current_SS[b])
-        gone, kept = (a, b) if a_is_central else (b, a)
+        gone, kept = (a, b) if (a_is_central and not stays_S[a]) or stays_S[b] else (b, a)
         order.append(Removal(int(alive[gone]), int(alive[kept]), float(current_SS[a, b])))
         alive = np.delete(alive, gone)
     return order

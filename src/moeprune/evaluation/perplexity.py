@@ -1,0 +1,192 @@
+"""Held-out perplexity per domain and, against a teacher, KL divergence and top-1 agreement.
+
+All models walk the same batches layer by layer; then, batch by batch, their logits are compared and
+forgotten, so that neither models nor logits need fit in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moeprune.errors import DataError
+from moeprune.models.data import Domain, token_keys
+from moeprune.models.loading import LayeredModel, text_config
+from moeprune.models.walk import Batch, Walk, default_workers
+
+_LOGITS_PER_BATCH = 1 << 25  # values, of one model
+_TOKENS_PER_BATCH = 4096
+
+
+@dataclass
+class DomainScore:
+    """Sums over the predicted tokens of one domain.
+
+    Attributes:
+        tokens: predicted tokens.
+        nll: sum of -log p(token), nats.
+        kl: sum of KL(teacher || student), nats; None without a teacher.
+        agree: tokens at which both put the same token first; None without a teacher.
+        bytes_per_token: of the text.
+    """
+
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float | None = None
+    agree: int | None = None
+    bytes_per_token: float = 1.0
+
+    def add(self, other: DomainScore) -> None:
+        """Add other tokens of the same domain."""
+        self.tokens += other.tokens
+        self.nll += other.nll
+        if other.kl is not None and other.agree is not None:
+            self.kl = (self.kl or 0.0) + other.kl
+            self.agree = (self.agree or 0) + other.agree
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """Means per token."""
+        loss = self.nll / self.tokens
+        return {
+            "tokens": self.tokens,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+            "kl": None if self.kl is None else self.kl / self.tokens,
+            "agreement": None if self.agree is None else self.agree / self.tokens,
+        }
+
+
+@dataclass
+class Evaluation:
+    """What was measured on one model.
+
+    Attributes:
+        domains: sums by domain.
+        seconds: of its walk through the layers.
+    """
+
+    domains: dict[str, DomainScore] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def total(self) -> DomainScore:
+        """Over all domains, every token counting the same."""
+        total = DomainScore()
+        for score in self.domains.values():
+            total.add(score)
+        return total
+
+    def to_json(self) -> dict[str, object]:
+        """As ``moeprune evaluate --json`` prints it."""
+        overall = self.total().to_json()
+        return {
+            "domains": {name: score.to_json() for name, score in self.domains.items()},
+            "loss": overall["loss"],
+            "perplexity": overall["perplexity"],
+            "kl": overall["kl"],
+            "agreement": overall["agreement"],
+            "seconds": self.seconds,
+        }
+
+
+def evaluate(
+    models: Mapping[str, LayeredModel],
+    domains: Sequence[Domain],
+    teacher: str | None = None,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    walked: Callable[[str], None] = lambda name: None,
+) -> dict[str, Evaluation]:
+    """Measure all ``models`` on the same sequences.
+
+    Each sequence is a window of its own; every token but its first is predicted.
+
+    Args:
+        models: by name.
+        domains: what to read.
+        teacher: the name of the one that the others are compared with, if any.
+        workers: as in ``Walk``.
+        progress: told (steps done, steps in all).
+        walked: told the name of a model whose layers are done.
+
+    Raises:
+        DataError: vocabularies of teacher and student differ.
+    """
+    parts = [
+        (domain, Batch(ids_BL, token_keys(ids_BL)))
+        for domain in domains
+        for ids_BL in domain.ids_NL.split(_rows(models, domain))
+    ]
+    batches = [batch for _, batch in parts]
+    steps = [len(model.layers) * len(batches) for model in models.values()]
+    total, before = sum(steps) + len(batches), 0
+    results = {name: Evaluation() for name in models}
+    with ExitStack() as stack:
+        walks: dict[str, Walk] = {}
+        for (name, model), own in zip(models.items(), steps, strict=True):
+            start = time.perf_counter()
+
+            def tell(done: int, _: int, offset: int = before) -> None:
+                progress(offset + done, total)
+
+            walks[name] = stack.enter_context(Walk(model, batches, workers, tell))
+            walks[name].layers()
+            results[name].seconds = time.perf_counter() - start
+            before += own
+            walked(name)
+
+        def score(index: int) -> dict[str, DomainScore]:
+            if batches[index].ids_BL.device.type == "cpu":
+                torch.set_num_threads(1)
+            return _score(index, batches[index].ids_BL, walks, teacher)
+
+        device = next(iter(models.values())).device
+        with ThreadPoolExecutor(workers or default_workers(device)) as pool:
+            for index, scores in enumerate(pool.map(score, range(len(batches)))):
+                domain = parts[index][0]
+                for name, value in scores.items():
+                    own_score = results[name].domains.setdefault(
+                        domain.name, DomainScore(bytes_per_token=domain.bytes_per_token)
+                    )
+                    own_score.add(value)
+                progress(before + index + 1, total)
+    return results
+
+
+def _rows(models: Mapping[str, LayeredModel], domain: Domain) -> int:
+    vocabularies = {text_config(model.config).vocab_size for model in models.values()}
+    if len(vocabularies) > 1:
+        raise DataError(f"teacher and student have different vocabularies: {sorted(vocabularies)}")
+    tokens = min(_TOKENS_PER_BATCH, _LOGITS_PER_BATCH // vocabularies.pop())
+    return max(1, tokens // domain.ids_NL.shape[1])
+
+
+def _score(
+    index: int, ids_BL: Tensor, walks: Mapping[str, Walk], teacher: str | None
+) -> dict[str, DomainScore]:
+    """All models on one batch."""
+    reference: Tensor | None = None
+    scores = {}
+    names = sorted(walks, key=lambda name: name != teacher)  # the teacher first
+    for name in names:
+        logits_BLV = walks[name].logits_of(index)[:, :-1].float()
+        logp_BLV = torch.log_softmax(logits_BLV, dim=-1)
+        target_BL1 = ids_BL[:, 1:, None].to(logp_BLV.device)
+        score = DomainScore(
+            target_BL1.numel(), -float(logp_BLV.gather(-1, target_BL1).double().sum())
+        )
+        if name == teacher:
+            reference = logp_BLV
+        elif reference is not None:
+            gap_BLV = reference - logp_BLV
+            score.kl = float((gap_BLV.mul_(reference.exp())).sum(dim=-1).double().sum())
+            score.agree = int((reference.argmax(-1) == logp_BLV.argmax(-1)).sum())
+        scores[name] = score
+    return scores

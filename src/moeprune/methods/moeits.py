@@ -1,0 +1,158 @@
+"""MoEITS (arXiv 2604.10603): drop experts whose weights share most information with others'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeprune.core.budget import least_kept, removable
+from moeprune.core.method import Context, LayerView, Method
+from moeprune.core.ops.elimination import (
+    Removal,
+    closest_pair_order,
+    removals_above,
+    threshold,
+)
+from moeprune.core.ops.nmi import noise_floor, pairwise_nmi
+from moeprune.core.plan import LayerPlan
+
+MATRIX_WEIGHTS = {
+    "equal": {"gate": 1 / 3, "up": 1 / 3, "down": 1 / 3},
+    "up-down": {"gate": 0.2, "up": 0.4, "down": 0.4},
+}
+"""Weights of the three matrices: Mixtral and DeepSeekMoE, and Qwen1.5 and DeepSeek-V2-Lite."""
+
+_NOISE_PAIRS = 3
+_NOISE_SLACK = 1.1  # NMI of unrelated matrices varies by a few percent from pair to pair
+
+
+@dataclass(frozen=True)
+class MoEITS(Method):
+    """Data-free: removes the more central expert of the closest pair, again and again.
+
+    ``M_ij = sum over matrices of w * NMI(A_i, A_j)``, the normalised mutual information of
+    index-aligned weights. While a pair is closer than ``mean(M) + tau * IQR(M)`` (``--tau``), or
+    until the budget is met (``--ratio``, ``--keep``), of the closest pair the expert with the
+    larger row mean goes. Survivors and their router rows are untouched. The order of removal does
+    not depend on tau, so a smaller tau always keeps a subset.
+
+    Options:
+        matrix_weights: ``equal`` (1/3 each) or ``up-down`` (0.2 gate, 0.4 up, 0.4 down).
+        threshold: ``off-diagonal`` takes mean and IQR over pairs i != j; ``compat`` over all
+            entries with the zero diagonal, as the authors' code does.
+        bins: ``auto`` (NumPy's rule, version pinned) or a number of bins over mean +- 4 std.
+        floor: never keep fewer experts than this, nor fewer than top-k.
+    """
+
+    name: ClassVar[str] = "moeits"
+    summary: ClassVar[str] = "drop experts by mutual information between weights; needs no data"
+    source: ClassVar[str] = "arXiv 2604.10603"
+    budgets: ClassVar[tuple[str, ...]] = ("tau", "ratio", "keep")
+
+    matrix_weights: Literal["equal", "up-down"] = "equal"
+    threshold: Literal["off-diagonal", "compat"] = "off-diagonal"
+    bins: int | Literal["auto"] = "auto"
+    floor: int = 0
+
+    def plan_layer(self, view: LayerView, context: Context) -> LayerPlan:
+        """Decide about one layer."""
+        shape = view.shape
+        remove = None
+        if context.budget.tau is None:
+            remove = removable(context.budget, shape, self.floor)
+        similarity_EE = self.similarity(view, context)
+        self._warn_of_noise(view, context, similarity_EE)
+        gone = self._removals(view, context, similarity_EE, remove)
+        rank = {step.expert: float(i) for i, step in enumerate(gone)}
+        central = similarity_EE.sum(axis=1) / max(1, shape.experts - 1)
+        return LayerPlan(
+            layer=shape.layer,
+            experts=shape.experts,
+            keep=tuple(e for e in range(shape.experts) if e not in rank),
+            scores={
+                "closeness": tuple(float(c) for c in central),
+                "removed_at": tuple(rank.get(e) for e in range(shape.experts)),
+            },
+        )
+
+    def similarity(self, view: LayerView, context: Context) -> NDArray[np.float64]:
+        """M, [E, E], symmetric with a zero diagonal."""
+        weights = self._weights(view)
+        shape = view.shape
+        pairs = shape.experts * (shape.experts - 1) // 2
+        total: NDArray[np.float64] = np.zeros((shape.experts, shape.experts))
+        for number, (role, weight) in enumerate(weights.items()):
+
+            def report(done: int, _: int, offset: int = number * pairs) -> None:
+                context.progress(offset + done, pairs * len(weights), f"layer {shape.layer}")
+
+            total += weight * pairwise_nmi(_matrices(view, role), self.bins, progress=report)
+        return total
+
+    def _weights(self, view: LayerView) -> dict[str, float]:
+        """Weights of the matrices that exist, summing to 1."""
+        chosen = {role: MATRIX_WEIGHTS[self.matrix_weights][role] for role in view.shape.roles}
+        total = sum(chosen.values())
+        return {role: weight / total for role, weight in chosen.items()}
+
+    def _removals(
+        self,
+        view: LayerView,
+        context: Context,
+        similarity_EE: NDArray[np.float64],
+        remove: int | None,
+    ) -> list[Removal]:
+        shape = view.shape
+        if remove is not None:
+            kept = shape.experts - remove
+            return closest_pair_order(similarity_EE, kept, shape.groups) if remove else []
+        tau = context.budget.tau
+        assert tau is not None
+        bar = threshold(similarity_EE, tau, offdiagonal=self.threshold == "off-diagonal")
+        least = least_kept(shape, self.floor)
+        order = closest_pair_order(similarity_EE, least, shape.groups)
+        gone = removals_above(order, bar)
+        if len(gone) == len(order) and order:
+            context.warn(
+                f"layer {shape.layer}: tau {tau:g} would keep fewer than the {least} experts that "
+                "the router needs; kept that many"
+            )
+        if shape.groups > 1:
+            # the prefix of the order that leaves every group the same number
+            even = shape.experts - len(gone) + len(gone) % shape.groups
+            return closest_pair_order(similarity_EE, even, shape.groups)
+        return gone
+
+    def _warn_of_noise(
+        self, view: LayerView, context: Context, similarity_EE: NDArray[np.float64]
+    ) -> None:
+        """Tell the user if no pair is closer than unrelated matrices of this size would be."""
+        floors = []
+        for pair in range(min(_NOISE_PAIRS, view.shape.experts - 1)):
+            floors.append(
+                sum(
+                    weight
+                    * noise_floor(
+                        view.weights.matrix(pair, role).numpy(),
+                        view.weights.matrix(pair + 1, role).numpy(),
+                        context.seed + pair,
+                        self.bins,
+                    )
+                    for role, weight in self._weights(view).items()
+                )
+            )
+        highest = float(similarity_EE.max())
+        if floors and highest <= _NOISE_SLACK * max(floors):
+            context.warn(
+                f"layer {view.shape.layer}: the closest pair of experts has NMI {highest:.4f}, "
+                f"unrelated matrices of this size have {max(floors):.4f}: MoEITS has no signal here"
+            )
+
+
+def _matrices(view: LayerView, role: str) -> Iterator[Any]:
+    for expert in range(view.shape.experts):
+        yield view.weights.matrix(expert, role).numpy()

@@ -1,0 +1,204 @@
+"""Text becomes sequences of token ids: concatenated documents, cut into equal lengths, no padding.
+
+The same reader serves calibration and evaluation. Sequences are drawn without replacement by a
+seed, the same number from every domain.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files as resource_files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from moeprune.errors import DataError
+from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.loading import quiet_transformers
+from moeprune.models.walk import Batch
+
+TOKENS_PER_BATCH = 4096
+"""Fixed, so that results do not depend on the machine."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Sequences of one source of text.
+
+    Attributes:
+        name: for tables.
+        ids_NL: token ids, one sequence a row.
+        bytes_per_token: of the text that the tokens came from.
+    """
+
+    name: str
+    ids_NL: Tensor
+    bytes_per_token: float
+
+
+def demo_text(kind: str) -> dict[str, Path]:
+    """The embedded text: ``calibration`` (six domains) or ``heldout`` (ten), by domain."""
+    folder = Path(str(resource_files("moeprune.assets"))) / "demo" / "text"
+    found = sorted(folder.glob(f"*.{kind}.jsonl*"))
+    return {file.name.split(".", 1)[0]: file for file in found}
+
+
+def parse_sources(sources: Sequence[str], kind: str) -> dict[str, Path]:
+    """``name=path`` or ``path`` per source; none takes the embedded text of ``kind``.
+
+    Raises:
+        DataError: a file does not exist, or two sources share a name.
+    """
+    if not sources:
+        return demo_text(kind)
+    found: dict[str, Path] = {}
+    for source in sources:
+        name, separator, path = source.rpartition("=")
+        file = Path(path)
+        if not file.is_file():
+            raise DataError(
+                f"no such text file: {file}",
+                "give JSONL with a 'text' field a line, or plain text: --data english=file.jsonl",
+            )
+        name = name if separator else file.name.split(".", 1)[0]
+        if name in found:
+            raise DataError(f"two sources are called {name!r}", "name them: --data a=x --data b=y")
+        found[name] = file
+    return found
+
+
+def read_documents(file: Path) -> Iterator[str]:
+    """Documents of a JSONL file (``text`` field), optionally gzipped, or one plain text file.
+
+    Raises:
+        DataError: a line is not JSON with a text, or the file is not UTF-8.
+    """
+    suffixes = file.suffixes
+    try:
+        opened = gzip.open(file, "rt", encoding="utf-8") if suffixes[-1:] == [".gz"] else None
+        with opened or file.open(encoding="utf-8") as lines:
+            if ".jsonl" not in suffixes:
+                yield lines.read()
+                return
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    yield str(json.loads(line)["text"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(
+                        f"{file}, line {number}: not a JSON object with a 'text' field"
+                    ) from error
+    except (UnicodeDecodeError, gzip.BadGzipFile) as error:
+        raise DataError(f"{file} is not UTF-8 text: {error}") from error
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer; remote code never runs.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+    except Exception as error:
+        raise DataError(
+            f"no usable tokenizer in {checkpoint.path}: {str(error).splitlines()[0][:120]}",
+            "copy tokenizer.json and tokenizer_config.json of the model into its directory",
+        ) from error
+
+
+def tokenise(tokenizer: Any, name: str, file: Path, length: int, most: int | None = None) -> Domain:
+    """All whole sequences of ``length`` tokens in a file; at most ``most`` from its beginning.
+
+    Documents follow each other, each started by the tokenizer's beginning-of-sequence token, or
+    its end-of-sequence token where it has no other.
+
+    Raises:
+        DataError: the text is empty or shorter than one sequence.
+    """
+    start = tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
+    ids: list[int] = []
+    size = 0
+    for text in read_documents(file):
+        if most is not None and len(ids) >= most * length:
+            break
+        new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += ([] if start is None else [start]) + new
+        size += len(text.encode())
+    if len(ids) < length:
+        what = "is empty" if not size else f"has {len(ids)} tokens, shorter than one sequence"
+        raise DataError(
+            f"{name}: {file} {what} of {length}" if size else f"{name}: {file} is empty",
+            f"give more text, or a smaller --length (at most {len(ids)})" if size else "give text",
+        )
+    count = min(len(ids) // length, most or len(ids))
+    table = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    return Domain(name, table, size / len(ids))
+
+
+def load_domains(
+    tokenizer: Any, sources: Mapping[str, Path], length: int, most: int | None = None
+) -> list[Domain]:
+    """``tokenise`` every source, in order of name."""
+    return [tokenise(tokenizer, name, sources[name], length, most) for name in sorted(sources)]
+
+
+def draw(domains: Sequence[Domain], sequences: int, seed: int) -> list[Domain]:
+    """``sequences`` in all, as equally from every domain as they have them; seeded."""
+    drawn = []
+    for position, domain in enumerate(domains):
+        share = sequences // len(domains) + (position < sequences % len(domains))
+        count = min(share, len(domain.ids_NL))
+        rows = sorted(
+            random.Random(f"{seed}:{domain.name}").sample(range(len(domain.ids_NL)), count)
+        )
+        drawn.append(Domain(domain.name, domain.ids_NL[rows], domain.bytes_per_token))
+    return [domain for domain in drawn if len(domain.ids_NL)]
+
+
+def batches(domains: Sequence[Domain]) -> list[Batch]:
+    """Batches of about ``TOKENS_PER_BATCH`` tokens, in order of domains."""
+    if not domains:
+        return []
+    ids_NL = torch.cat([domain.ids_NL for domain in domains])
+    rows = max(1, TOKENS_PER_BATCH // ids_NL.shape[1])
+    return [Batch(part, token_keys(part)) for part in ids_NL.split(rows)]
+
+
+def token_keys(ids_BL: Tensor) -> Tensor:
+    """A pseudo-random int64 per token that depends on its sequence and position alone."""
+    keys = np.empty(tuple(ids_BL.shape), dtype=np.uint64)
+    steps = np.arange(ids_BL.shape[1], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    for row, ids_L in enumerate(ids_BL.numpy()):
+        digest = hashlib.sha256(ids_L.astype("<i8").tobytes()).digest()
+        mixed = steps + np.uint64(int.from_bytes(digest[:8], "little"))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        keys[row] = mixed ^ (mixed >> np.uint64(31))
+    return torch.from_numpy(keys.view(np.int64))
+
+
+def describe(domains: Sequence[Domain]) -> dict[str, Any]:
+    """What a manifest says about the text: hash of all token ids, counts, domains."""
+    digest = hashlib.sha256()
+    for domain in domains:
+        digest.update(domain.name.encode() + domain.ids_NL.numpy().astype("<i8").tobytes())
+    return {
+        "hash": digest.hexdigest(),
+        "tokens": sum(domain.ids_NL.numel() for domain in domains),
+        "sequences": sum(len(domain.ids_NL) for domain in domains),
+        "length": int(domains[0].ids_NL.shape[1]) if domains else 0,
+        "domains": {domain.name: len(domain.ids_NL) for domain in domains},
+    }

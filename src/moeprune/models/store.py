@@ -1,0 +1,243 @@
+"""Statistics and plans on disk. The formats are described in docs/formats.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
+
+from moeprune.core.plan import Plan
+from moeprune.core.shapes import LayerShape
+from moeprune.core.statistics import LayerStatistics
+from moeprune.errors import DataError, MoepruneError, PlanError
+from moeprune.files import (
+    json_bytes,
+    new_directory,
+    refuse_existing,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+)
+
+STATISTICS_FORMAT = "moeprune.statistics/1"
+MANIFEST = "manifest.json"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides numbers."""
+    found = {}
+    for name in ("moeprune", "torch", "transformers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # running from a source tree that was never installed
+            found[name] = "unknown"
+    return found
+
+
+@dataclass(frozen=True)
+class StatisticsStore:
+    """A directory with a manifest and one safetensors file per MoE layer."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path) -> StatisticsStore:
+        """Open statistics and check that every layer's file is whole.
+
+        Raises:
+            DataError: not statistics, or damaged.
+        """
+        store = cls(path)
+        if not (path / MANIFEST).is_file():
+            raise DataError(
+                f"no statistics in {path}", "make them: moeprune calibrate MODEL --out DIR"
+            )
+        if store.manifest.get("format") != STATISTICS_FORMAT:
+            raise DataError(f"{path / MANIFEST} is not of format {STATISTICS_FORMAT}")
+        for index, entry in store.manifest["layers"].items():
+            file = path / entry["file"]
+            if not file.is_file() or sha256_file(file) != entry["sha256"]:
+                raise DataError(
+                    f"statistics of layer {index} in {path} are damaged", "calibrate again"
+                )
+        return store
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What was collected, from which model and text."""
+        try:
+            data = json.loads((self.path / MANIFEST).read_bytes())
+        except ValueError as error:
+            raise DataError(f"{self.path / MANIFEST} is not valid JSON") from error
+        if not isinstance(data, dict):
+            raise DataError(f"{self.path / MANIFEST} is not a JSON object")
+        return data
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the MoE layers."""
+        return sorted(int(index) for index in self.manifest["layers"])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What a plan says about the statistics that it was made from."""
+        return {
+            "sha256": sha256_bytes((self.path / MANIFEST).read_bytes()),
+            "data": self.manifest["data"],
+            "dtype": self.manifest["dtype"],
+        }
+
+    def layer(self, index: int) -> LayerStatistics:
+        """One layer's statistics."""
+        entry = self.manifest["layers"][str(index)]
+        try:
+            tensors = load_file(self.path / entry["file"])
+        except SafetensorError as error:
+            raise DataError(f"statistics of layer {index} in {self.path} are damaged") from error
+        shape = LayerShape(**{**entry["shape"], "roles": tuple(entry["shape"]["roles"])})
+        return LayerStatistics.from_tensors(shape, entry["tokens"], tensors)
+
+
+@contextmanager
+def writing_statistics(
+    out: Path, header: Mapping[str, Any], force: bool = False
+) -> Iterator[Callable[[LayerStatistics], None]]:
+    """Yield a function that saves one layer; the directory appears when the block succeeds.
+
+    Args:
+        out: the directory.
+        header: manifest entries ``model``, ``data``, ``dtype``, ``collect``.
+        force: replace an existing one.
+    """
+    layers: dict[str, Any] = {}
+    with new_directory(out, force) as work:
+
+        def save_layer(statistics: LayerStatistics) -> None:
+            name = f"layer-{statistics.shape.layer:05d}.safetensors"
+            save_file(statistics.to_tensors(), work / name)
+            layers[str(statistics.shape.layer)] = {
+                "file": name,
+                "sha256": sha256_file(work / name),
+                "tokens": statistics.tokens,
+                "shape": asdict(statistics.shape),
+            }
+
+        yield save_layer
+        manifest = {
+            "format": STATISTICS_FORMAT,
+            **header,
+            "versions": versions(),
+            "layers": {key: layers[key] for key in sorted(layers, key=int)},
+        }
+        (work / MANIFEST).write_bytes(json_bytes(manifest))
+
+
+def merge_statistics(sources: Sequence[Path], out: Path, force: bool = False) -> StatisticsStore:
+    """Add up statistics of the same model over different text, exactly.
+
+    Raises:
+        DataError: different models, dtypes or accumulators.
+    """
+    stores = [StatisticsStore.open(path) for path in sources]
+    first = stores[0].manifest
+    for store in stores[1:]:
+        for key in ("model", "dtype", "collect"):
+            if store.manifest[key] != first[key]:
+                raise DataError(
+                    f"{store.path} and {stores[0].path} differ in {key}",
+                    "merge statistics of one model, collected alike",
+                )
+    data = [store.manifest["data"] for store in stores]
+    domains: dict[str, int] = {}
+    for entry in data:
+        for name, count in entry["domains"].items():
+            domains[name] = domains.get(name, 0) + count
+    header = {
+        "model": first["model"],
+        "data": {
+            "hash": sha256_bytes(json_bytes([entry["hash"] for entry in data])),
+            "tokens": sum(entry["tokens"] for entry in data),
+            "sequences": sum(entry["sequences"] for entry in data),
+            "domains": domains,
+            "merged": data,
+        },
+        "dtype": first["dtype"],
+        "collect": first["collect"],
+    }
+    with writing_statistics(out, header, force) as save_layer:
+        for index in stores[0].layers:
+            total = stores[0].layer(index)
+            for store in stores[1:]:
+                total.merge(store.layer(index))
+            save_layer(total)
+    return StatisticsStore.open(out)
+
+
+def write_plan(plan: Plan, path: Path, force: bool = False) -> None:
+    """Write ``path`` (JSON) and, if the plan has vectors, a safetensors file beside it."""
+    vectors_path = path.with_suffix(".safetensors")
+    tensors = plan.vectors()
+    refuse_existing(path, force)
+    entry = None
+    if tensors:
+        content = save(tensors)
+        entry = {"file": vectors_path.name, "sha256": sha256_bytes(content)}
+        write_atomic(vectors_path, content, force)
+    try:
+        write_atomic(path, json_bytes(plan.to_json(entry)), force)
+    except BaseException:
+        if tensors:
+            vectors_path.unlink(missing_ok=True)
+        raise
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan and its vectors.
+
+    Raises:
+        PlanError: not a plan, or its vectors are missing or not its own.
+    """
+    if path.is_dir():
+        path = path / "plan.json"
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise PlanError(
+            f"no plan at {path}", "make one: moeprune plan MODEL --out plan.json"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path} is not valid JSON: {error}") from error
+    tensors = {}
+    entry = data.get("vectors") if isinstance(data, dict) else None
+    if entry is not None:
+        name = str(entry.get("file")) if isinstance(entry, dict) else ""
+        file = path.parent / name
+        if Path(name).name != name or not file.is_file():
+            raise PlanError(f"{path} needs its vectors, {name!r}, beside it", "copy both files")
+        if sha256_file(file) != entry.get("sha256"):
+            raise PlanError(f"{file} is not the file that {path.name} was written with")
+        try:
+            with safe_open(file, "pt") as handle:
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise PlanError(f"{file} is damaged: {error}") from error
+    return Plan.from_json(data, tensors)
+
+
+def same_model(store: StatisticsStore, fingerprint: str, name: str) -> None:
+    """Raise unless ``store`` was collected on the model with that fingerprint."""
+    found = store.manifest["model"]["fingerprint"]
+    if found != fingerprint:
+        raise MoepruneError(
+            f"the statistics in {store.path} are of another model "
+            f"({store.manifest['model']['name']}, not {name})",
+            "calibrate this model, or plan for the one that they were collected on",
+        )
