@@ -17,7 +17,7 @@ from moeprune.errors import UnsupportedModelError
 from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.loading import LayeredModel
-from moeprune.models.sites import MoESite
+from moeprune.models.sites import MoESite, text_config
 
 _EXPERT_INDEX = re.compile(r"(?P<head>.*experts\.)(?P<expert>\d+)(?P<tail>\..*)")
 
@@ -89,7 +89,7 @@ def expert_layout(model: LayeredModel) -> dict[str, DiskTensor]:
 
 def refuse(model: LayeredModel) -> None:
     """Raise ``UnsupportedModelError`` if the model has no experts, or none that we can edit."""
-    kind = model.config.get_text_config().model_type
+    kind = text_config(model.config).model_type
     for name in (kind, model.config.model_type):
         if name in quirks.REFUSED:
             raise UnsupportedModelError(f"{name} is not supported: {quirks.REFUSED[name]}")
@@ -97,6 +97,11 @@ def refuse(model: LayeredModel) -> None:
         raise UnsupportedModelError(
             f"{model.checkpoint.path} is a dense model ({kind}): it has no experts to prune",
             "moeprune works on Mixture-of-Experts models",
+        )
+    if getattr(text_config(model.config), "approximate_experts", None):
+        raise UnsupportedModelError(
+            f"some experts of {model.checkpoint.path} are constants already",
+            "prune the original model instead",
         )
     for name in model.model.state_dict():
         last = name.rpartition(".")[2]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moeprune.core.budget import least_kept
-from moeprune.core.ops.masks import nm_keep_mask, row_keep_mask
+from moeprune.core.ops.masks import nm_keep_mask, prune_count, row_keep_mask
 from moeprune.core.plan import LayerPlan, MaskEdit, Plan
 from moeprune.core.shapes import LayerShape
 from moeprune.errors import PlanError, UnsupportedModelError
@@ -187,16 +187,12 @@ class _Surgeon:
             if tensor.expert not in layer.keep:
                 return []
             number = layer.keep.index(tensor.expert) if layer.dropped else tensor.expert
-            if layer.mask is not None and _is_masked(layer.mask, tensor.role):
-                return [self._mask(tensor.renamed(number), tensor, layer.mask, [tensor.expert])]
-            return [copied(tensor.renamed(number), info)]
+            piece, experts = copied(tensor.renamed(number), info), [tensor.expert]
+        else:
+            piece, experts = sliced(key, info, 0, layer.keep), list(layer.keep)
         if layer.mask is not None and _is_masked(layer.mask, tensor.role):
-            if len(layer.keep) != layer.experts:
-                raise PlanError(f"layer {layer.layer}: masking fused experts and removing some")
-            return [self._mask(key, tensor, layer.mask, list(layer.keep))]
-        if len(layer.keep) == layer.experts:
-            return [copied(key, info)]
-        return [sliced(key, info, 0, layer.keep)]
+            piece = self._mask(piece, tensor, layer.mask, experts)
+        return [piece]
 
     def _novices(self, layer: LayerPlan, tensor: DiskTensor) -> list[Piece]:
         assert layer.novices_NH is not None
@@ -210,24 +206,26 @@ class _Surgeon:
             for row, expert in enumerate(layer.replaced)
         ]
 
-    def _mask(self, name: str, tensor: DiskTensor, mask: MaskEdit, experts: list[int]) -> Piece:
-        info = self.checkpoint.tensors[tensor.key]
-        if info.dtype not in _TORCH_DTYPES:
+    def _mask(self, piece: Piece, tensor: DiskTensor, mask: MaskEdit, experts: list[int]) -> Piece:
+        if piece.dtype not in _TORCH_DTYPES:
             raise UnsupportedModelError(
-                f"{tensor.key} is stored as {info.dtype}; weights can be masked in floating point only"
+                f"{tensor.key} is stored as {piece.dtype}; "
+                "weights can be masked in floating point only"
             )
-        fused = tensor.expert is None
 
         def make() -> Tensor:
             weight = self.checkpoint.read(tensor.key)
+            if tensor.expert is None:
+                weight = weight[experts]
             rows = weight if tensor.input_dim == -1 else weight.transpose(-1, -2)
-            for position, expert in enumerate(experts):
-                part = rows[position] if fused else rows
-                part.mul_(keep_mask(mask, tensor.role, expert, part))
+            for part, expert in zip(
+                rows if tensor.expert is None else [rows], experts, strict=True
+            ):
+                zero_masked(part, mask, tensor.role, expert)
             return weight
 
-        self._masked += _zeros(mask, info.shape, tensor)
-        return computed(name, info, make)
+        self._masked += _zeros(mask, piece.shape, tensor)
+        return computed(piece, make)
 
     def config(self) -> dict[str, Any]:
         """The new config.json.
@@ -286,13 +284,15 @@ def _is_masked(mask: MaskEdit, role: str) -> bool:
     return role in mask.roles
 
 
-def keep_mask(mask: MaskEdit, role: str, expert: int, weight_OI: Tensor) -> Tensor:
-    """True where a weight of one expert's matrix stays."""
+def zero_masked(weight_OI: Tensor, mask: MaskEdit, role: str, expert: int) -> None:
+    """Zero, in place, the weights of one expert's matrix that ``mask`` does not keep."""
     scale = mask.scale("down" if role == "down" else "gate", expert)
     if mask.pattern is not None:
-        return nm_keep_mask(weight_OI, scale, *mask.pattern)
-    assert mask.ratio is not None
-    return row_keep_mask(weight_OI, scale, mask.ratio)
+        keep_OI = nm_keep_mask(weight_OI, scale, *mask.pattern)
+    else:
+        assert mask.ratio is not None
+        keep_OI = row_keep_mask(weight_OI, scale, mask.ratio)
+    weight_OI.masked_fill_(~keep_OI, 0.0)
 
 
 def _zeros(mask: MaskEdit, shape: tuple[int, ...], tensor: DiskTensor) -> int:
@@ -301,7 +301,7 @@ def _zeros(mask: MaskEdit, shape: tuple[int, ...], tensor: DiskTensor) -> int:
         per_row = width // mask.pattern[1] * mask.pattern[0]
     else:
         assert mask.ratio is not None
-        per_row = int(width * mask.ratio + 1e-9)
+        per_row = prune_count(width, mask.ratio)
     rows = 1
     for size in shape:
         rows *= size
@@ -321,7 +321,7 @@ def mask_in_memory(site: MoESite, layer: LayerPlan) -> None:
         weight = parameter.data.clone()  # the loaded tensor may be the mapped file itself
         rows = weight.transpose(-1, -2) if experts.is_transposed else weight
         for expert in layer.keep:
-            rows[expert].mul_(keep_mask(mask, role, expert, rows[expert]))
+            zero_masked(rows[expert], mask, role, expert)
         setattr(experts, name, torch.nn.Parameter(weight, requires_grad=False))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,13 +69,13 @@ def sliced(name: str, info: TensorInfo, dim: int, ids: Sequence[int]) -> Piece:
     return Piece(name, info.dtype, shape, size, lambda: _read(info.file, ranges))
 
 
-def computed(name: str, info: TensorInfo, make: Callable[[], Tensor]) -> Piece:
-    """A tensor of the dtype and shape of ``info`` whose values are made when it is written."""
+def computed(piece: Piece, make: Callable[[], Tensor]) -> Piece:
+    """A tensor of the name, dtype and shape of ``piece`` whose values are made when written."""
 
     def blocks() -> Iterator[bytes | memoryview]:
         yield _raw(make())
 
-    return Piece(name, info.dtype, info.shape, info.nbytes, blocks)
+    return replace(piece, blocks=blocks)
 
 
 def given(name: str, tensor: Tensor) -> Piece:

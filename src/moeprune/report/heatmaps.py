@@ -137,7 +137,11 @@ def removals(row: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[Removal
 
 def served(experts: Iterable[int], shares: Sequence[Any] | None) -> float | None:
     """Share of a layer's routed slots that these experts served; None where it is not known."""
-    values = [wording.number(shares[e]) if e < len(shares) else None for e in experts] if shares else None
+    values = (
+        [wording.number(shares[e]) if e < len(shares) else None for e in experts]
+        if shares
+        else None
+    )
     if values is None or None in values:
         return None
     return sum(value for value in values if value is not None)
@@ -170,7 +174,9 @@ def _usage_row(layer: int, values: Sequence[float | None], top: float) -> HeatRo
         text = wording.percent(value)
         even = wording.times(None if value is None else value * len(values))
         cells.append(
-            Cell(_style(step), text, f"layer {layer}, expert {expert}: {text}, {even} an even share")
+            Cell(
+                _style(step), text, f"layer {layer}, expert {expert}: {text}, {even} an even share"
+            )
         )
     known = sorted((value for value in values if value is not None), reverse=True)
     quarter = sum(known[: max(1, len(known) // 4)]) if known else None
@@ -182,9 +188,9 @@ def _usage_row(layer: int, values: Sequence[float | None], top: float) -> HeatRo
 def _score_row(layer: int, entry: Mapping[str, Any], name: str, usage: Sequence[Any]) -> HeatRow:
     scores = [wording.number(v) for v in (entry.get("scores") or {}).get(name) or ()]
     known = [score for score in scores if score is not None]
-    fates = {e: KEPT for e in entry["keep"]}
-    fates |= {e: NOVICE for e in entry["replaced"]}
-    fates |= {e: DROPPED for e in entry["dropped"]}
+    fates = dict.fromkeys(entry["keep"], KEPT)
+    fates |= dict.fromkeys(entry["replaced"], NOVICE)
+    fates |= dict.fromkeys(entry["dropped"], DROPPED)
     cells: list[Cell | None] = []
     for expert in range(_size(entry)):
         fate = fates.get(expert)
@@ -212,7 +218,8 @@ def _by_layer(table: Mapping[str, Any] | None) -> list[tuple[int, Any]]:
 
 
 def _size(entry: Mapping[str, Any]) -> int:
-    return 1 + max([-1, *entry["keep"], *entry["replaced"], *entry["dropped"]])
+    ids: list[int] = [*entry["keep"], *entry["replaced"], *entry["dropped"]]
+    return 1 + max(ids, default=-1)
 
 
 def _label_every(experts: int) -> int:

@@ -1,0 +1,5 @@
+"""``python -m moeprune``."""
+
+from moeprune.cli.app import main
+
+main()

@@ -1,0 +1,450 @@
+"""The commands. Nothing heavy is imported before a command runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from moeprune import __version__
+from moeprune.cli import output
+from moeprune.errors import MoepruneError
+
+if TYPE_CHECKING:
+    from moeprune.core.budget import Budget
+    from moeprune.pipeline.stages import Compute, Text
+
+app = typer.Typer(
+    name="moeprune",
+    help="Make Mixture-of-Experts language models smaller, from disk, and prove what was lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Model = Annotated[str, typer.Argument(help="Directory, hub id, or **demo** (the embedded model).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Data = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
+    typer.Option(help="Text: **[name=]file** (.jsonl, .jsonl.gz, .txt); repeat for more domains."),
+]
+Method = Annotated[str, typer.Option(help="See **moeprune methods**.")]
+Options = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--option", "-o", help="Option of the method, **name=value**; repeatable."),
+]
+Ratio = Annotated[Optional[float], typer.Option(help="Fraction to remove, 0 <= R < 1.")]  # noqa: UP045
+Keep = Annotated[Optional[int], typer.Option(help="Experts to keep per layer.")]  # noqa: UP045
+Tau = Annotated[Optional[float], typer.Option(help="Threshold of MoEITS.")]  # noqa: UP045
+Pattern = Annotated[Optional[str], typer.Option(help="N:M, N of every M weights zeroed.")]  # noqa: UP045
+Statistics = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Output of **moeprune calibrate**."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the draw of text, and of the method.")]
+Sequences = Annotated[int, typer.Option(help="Calibration sequences in all.")]
+Length = Annotated[int, typer.Option(help="Tokens per sequence, clipped to the model's limit.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Torch device.")]
+Workers = Annotated[int, typer.Option(help="Batches computed at once; 0: one per core.")]
+
+
+def _budget(
+    ratio: float | None, keep: int | None, tau: float | None, pattern: str | None
+) -> Budget:
+    from moeprune.core.budget import Budget, parse_pattern
+
+    return Budget(ratio, keep, tau, None if pattern is None else parse_pattern(pattern))
+
+
+def _options(pairs: list[str] | None) -> dict[str, str]:
+    found = {}
+    for pair in pairs or []:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise MoepruneError(f"bad option {pair!r}", "write -o name=value")
+        found[name.replace("-", "_")] = value
+    return found
+
+
+def _text(data: list[str] | None, sequences: int, length: int, seed: int) -> Text:
+    from moeprune.pipeline.stages import Text
+
+    return Text(tuple(data or ()), sequences, length, seed)
+
+
+def _compute(dtype: str, device: str, workers: int) -> Compute:
+    from moeprune.pipeline.stages import Compute
+
+    return Compute(device, dtype, workers)
+
+
+def _tell_default_text(model: str, data: list[str] | None) -> None:
+    if not data and model != "demo":
+        output.note("reading the embedded text (six domains); give your own with --data")
+
+
+def _tell_warnings(warnings: Any) -> None:
+    for text in warnings:
+        output.note(f"warning: {text}")
+
+
+@app.command()
+def inspect(model: Model, as_json: AsJson = False) -> None:
+    """Say what a checkpoint is, without reading its weights.
+
+    Example: `moeprune inspect demo`
+    """
+    from moeprune.pipeline import stages
+
+    facts = stages.inspect(model)
+    if as_json:
+        output.print_json(facts)
+    else:
+        output.print_facts(facts["name"], facts)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory for the statistics.")],
+    data: Data = None,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    collect: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Accumulators, comma-separated; default: all but the Gram matrices."),
+    ] = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    workers: Workers = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Walk the model over text once and save what every method needs.
+
+    Example: `moeprune calibrate demo --out stats --sequences 120 --length 512`
+    """
+    from moeprune.core.accumulators import LIGHT
+    from moeprune.pipeline import stages
+
+    names = LIGHT if collect is None else tuple(name.strip() for name in collect.split(","))
+    _tell_default_text(model, data)
+    with output.progress_bars() as progress:
+        store = stages.calibrate(
+            model,
+            out,
+            _text(data, sequences, length, seed),
+            names,
+            _compute(dtype, device, workers),
+            force,
+            progress,
+        )
+    if as_json:
+        output.print_json({"path": str(out), **store.manifest})
+    else:
+        facts = {"layers": store.layers, **store.manifest["data"]}
+        output.print_facts(f"statistics in {out}", facts)
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Outputs of **moeprune calibrate**.")],
+    out: Annotated[Path, typer.Option(help="Directory for the sum.")],
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add up statistics of one model over different text, exactly.
+
+    Example: `moeprune merge stats-en stats-de --out stats`
+    """
+    from moeprune.models.store import merge_statistics
+
+    store = merge_statistics(sources, out, force)
+    if as_json:
+        output.print_json({"path": str(out), **store.manifest})
+    else:
+        output.print_facts(f"statistics in {out}", store.manifest["data"])
+
+
+@app.command()
+def plan(
+    model: Model,
+    method: Method,
+    out: Annotated[Path, typer.Option(help="The plan, for example plan.json.")],
+    ratio: Ratio = None,
+    keep: Keep = None,
+    tau: Tau = None,
+    pattern: Pattern = None,
+    option: Options = None,
+    statistics: Statistics = None,
+    data: Data = None,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    workers: Workers = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Decide what happens to every expert; nothing is written but the plan.
+
+    Example: `moeprune plan demo --method mone --ratio 0.5 --statistics stats --out plan.json`
+    """
+    from moeprune.files import refuse_existing
+    from moeprune.pipeline import stages
+
+    refuse_existing(out, force)
+    with output.progress_bars() as progress:
+        made = stages.plan(
+            model,
+            method,
+            _budget(ratio, keep, tau, pattern),
+            statistics,
+            _text(data, sequences, length, seed),
+            _options(option),
+            _compute(dtype, device, workers),
+            seed,
+            progress,
+        )
+    stages.save_plan(made, out, force)
+    _tell_warnings(made.warnings)
+    if as_json:
+        output.print_json({"path": str(out), **made.to_json(None)})
+    else:
+        rows = [
+            {
+                "layer": str(index),
+                "kept": str(len(layer.keep)),
+                "novices": str(len(layer.replaced)),
+                "deleted": str(len(layer.dropped)),
+            }
+            for index, layer in sorted(made.layers.items())
+        ]
+        output.print_rows(f"{made.method} {made.budget} -> {out}", rows)
+
+
+@app.command()
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Option(help="Output of **moeprune plan**.")],
+    out: Annotated[Path, typer.Option(help="Directory for the new checkpoint.")],
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the checkpoint that a plan describes, editing tensors on disk.
+
+    Example: `moeprune apply demo --plan plan.json --out smaller`
+    """
+    from moeprune.pipeline import stages
+
+    with output.progress_bars() as progress:
+        sizes = stages.apply(model, plan, out, force, progress)
+    _print_sizes(out, sizes, {}, as_json)
+
+
+def _print_sizes(out: Path, sizes: Any, more: dict[str, Any], as_json: bool) -> None:
+    facts = {
+        name: list(getattr(sizes, name)) for name in ("experts", "parameters", "nonzero", "bytes")
+    }
+    if as_json:
+        output.print_json({"path": str(out), **facts, **more})
+    else:
+        shown = {name: f"{before:,} -> {after:,}" for name, (before, after) in facts.items()}
+        output.print_facts(f"wrote {out}", {**shown, **more})
+
+
+@app.command()
+def prune(
+    model: Model,
+    method: Method,
+    out: Annotated[Path, typer.Option(help="Directory for the new checkpoint.")],
+    ratio: Ratio = None,
+    keep: Keep = None,
+    tau: Tau = None,
+    pattern: Pattern = None,
+    option: Options = None,
+    statistics: Statistics = None,
+    data: Data = None,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    workers: Workers = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Calibrate, plan and apply in one go.
+
+    Example: `moeprune prune demo --method mone --ratio 0.5 --out smaller`
+    """
+    from moeprune.pipeline import stages
+
+    if statistics is None:
+        _tell_default_text(model, data)
+    with output.progress_bars() as progress:
+        done = stages.prune(
+            model,
+            method,
+            _budget(ratio, keep, tau, pattern),
+            out,
+            _text(data, sequences, length, seed),
+            _options(option),
+            statistics,
+            _compute(dtype, device, workers),
+            seed,
+            force,
+            progress,
+        )
+    _tell_warnings(done.plan.warnings)
+    more = {
+        "seconds": {name: round(value, 2) for name, value in done.seconds.items()},
+        "peak_memory_bytes": done.peak_memory_bytes,
+    }
+    _print_sizes(out, done.sizes, more, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    teacher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The model that it was made from, for KL and agreement."),
+    ] = None,
+    data: Data = None,
+    sequences: Annotated[int, typer.Option(help="Windows per domain; 0 takes all.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    workers: Workers = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure held-out perplexity per domain and, against a teacher, KL and agreement.
+
+    Example: `moeprune evaluate smaller --teacher demo`
+    """
+    from moeprune.pipeline import stages
+
+    with output.progress_bars() as progress:
+        result = stages.evaluate(
+            model,
+            teacher,
+            _text(data, sequences, length, 0),
+            _compute(dtype, device, workers),
+            progress,
+        )
+    if as_json:
+        output.print_json(result)
+        return
+    names = ("tokens", "perplexity", "bits_per_byte", "kl", "agreement")
+    rows = [
+        {
+            "domain": domain,
+            **{name: "–" if score[name] is None else f"{score[name]:.4g}" for name in names},
+        }
+        for domain, score in [*result["domains"].items()]
+    ]
+    output.print_rows(f"{result['model']} ({result['dtype']})", rows)
+    if result["kl"] is not None:
+        output.OUT.print(f"all: KL {result['kl']:.4f}, agreement {result['agreement']:.1%}")
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods with their sources, budgets and options.
+
+    Example: `moeprune methods`
+    """
+    from dataclasses import fields
+
+    from moeprune.core.method import methods as known
+
+    listed = [
+        {
+            "name": name,
+            "summary": kind.summary,
+            "source": kind.source,
+            "budgets": list(kind.budgets),
+            "needs": list(kind.needs),
+            "options": {field.name: field.default for field in fields(kind)},
+        }
+        for name, kind in known().items()
+    ]
+    if as_json:
+        output.print_json(listed)
+        return
+    for entry in listed:
+        name = str(entry.pop("name"))
+        output.print_facts(name, entry)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for everything.")] = Path("demo-out"),
+    dtype: Dtype = "bfloat16",
+    workers: Workers = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress the embedded model six ways and report what was lost; takes about two minutes.
+
+    Example: `moeprune demo --out demo-out`
+    """
+    from moeprune.pipeline.demo import REPORT
+    from moeprune.pipeline.demo import demo as run
+    from moeprune.pipeline.stages import Compute
+
+    command = shlex.join(["moeprune", *sys.argv[1:]])
+    with output.progress_bars() as progress:
+        result = run(
+            out,
+            compute=Compute("cpu", dtype, workers),
+            force=force,
+            command=command,
+            progress=progress,
+        )
+    if as_json:
+        output.print_json(result)
+        return
+    output.print_rows("what was kept, lost and spent", output.run_rows(result["rows"]))
+    output.print_rows("held-out perplexity by domain", output.perplexity_rows(result["rows"]))
+    for row in result["rows"]:
+        _tell_warnings(f"{row['name']}: {text}" for text in row["warnings"])
+    output.OUT.print(f"report: {out / REPORT}   ({result['seconds']:.0f} s)", soft_wrap=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend are one or two lines and exit code 2."""
+    try:
+        app()
+    except MoepruneError as error:
+        output.ERR.print(f"error: {error.problem}", style="bold", markup=False, soft_wrap=True)
+        if error.hint:
+            output.ERR.print(error.hint, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        output.note("interrupted; nothing was kept")
+        sys.exit(130)

@@ -1,0 +1,135 @@
+"""What the commands print: results on stdout, progress and messages on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+ERR = Console(stderr=True, highlight=False)
+OUT = Console(highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """A result on stdout, as JSON and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def note(text: str) -> None:
+    """A message for a person."""
+    ERR.print(text, soft_wrap=True)
+
+
+class Reporter:
+    """Shows one bar per named stage; a stage is made when it is first heard of."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """As ``pipeline.stages.Progress``."""
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done, total=total)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Reporter]:
+    """Bars on stderr with the time that remains; nothing where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=ERR, disable=not ERR.is_terminal) as bars:
+        yield Reporter(bars)
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Names and values, one a line."""
+    table = Table(title=title, show_header=False, title_justify="left", box=None)
+    for key, value in facts.items():
+        table.add_row(key, _text(value))
+    OUT.print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", " ")
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_text(item) for item in value)
+    return str(value)
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """A table whose columns are the keys of the first row."""
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for number, key in enumerate(rows[0]):
+        table.add_column(key, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row.values())
+    OUT.print(table)
+
+
+def run_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The size, quality and cost of each result of a run, for people."""
+    found = []
+    for row in rows:
+        seconds = row["seconds"]
+        found.append(
+            {
+                "model": str(row["name"]),
+                "experts": str(row["experts"]),
+                "parameters": f"{row['parameters'] / 1e6:.2f} M",
+                "non-zero": f"{row['nonzero_parameters'] / 1e6:.2f} M",
+                "on disk": f"{row['bytes'] / 1e6:.1f} MB",
+                "KL": _number(row["kl"], ".3f"),
+                "agree": _number(row["agreement"], ".1%"),
+                "plan s": _number(seconds.get("plan"), ".2f"),
+                "write s": _number(seconds.get("apply"), ".2f"),
+                "walk s": _number(seconds.get("evaluate"), ".1f"),
+                "peak": _number(row["peak_memory_bytes"], "bytes"),
+            }
+        )
+    return found
+
+
+def perplexity_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Perplexity per domain of each result."""
+    return [
+        {
+            "perplexity": str(row["name"]),
+            **{domain: f"{value:.1f}" for domain, value in row["perplexity"].items()},
+        }
+        for row in rows
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    if value is None:
+        return "–"
+    return f"{value / 2**20:.0f} MiB" if form == "bytes" else format(value, form)

@@ -1,0 +1,1 @@
+"""The stages in a row; each is one function and one command."""
