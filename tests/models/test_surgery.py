@@ -245,9 +245,9 @@ def test_masks(
         for name, tensor in expert_layout(source.model).items()
         if tensor.role in ("router", "other")
     } | (set(source.checkpoint.tensors) - set(expert_layout(source.model)))
-    before_bytes, after_bytes = tensor_digests(source.checkpoint.path), tensor_digests(tmp_path / "out")
-    assert set(before_bytes) == set(after_bytes)
-    assert all(before_bytes[name] == after_bytes[name] for name in untouched)
+    old, new = tensor_digests(source.checkpoint.path), tensor_digests(tmp_path / "out")
+    assert set(old) == set(new)
+    assert all(old[name] == new[name] for name in untouched)
 
 
 def _check_mask(
@@ -427,9 +427,7 @@ def test_shards(
         writer.write_shards(directory, pieces, max_shard=limit, progress=progress)
 
     monkeypatch.setattr(surgery, "write_shards", in_small_shards)
-    apply_plan(
-        source.checkpoint, plan, tmp_path / "many", progress=lambda *step: seen.append(step)
-    )
+    apply_plan(source.checkpoint, plan, tmp_path / "many", progress=lambda *step: seen.append(step))
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3
     index = json.loads((tmp_path / "many" / INDEX).read_text())

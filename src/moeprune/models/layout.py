@@ -150,7 +150,7 @@ def _check_shape(tensor: DiskTensor, info: TensorInfo, site: MoESite) -> None:
     fits = tensor.expert is not None or info.shape[0] == shape.experts
     if tensor.role != "other":
         width = shape.intermediate if tensor.role == "down" else shape.hidden
-        fits = fits and len(info.shape) >= 2 and info.shape[tensor.input_dim] == width  # noqa: PLR2004
+        fits = fits and len(info.shape) >= 2 and info.shape[tensor.input_dim] == width
     if not fits:
         raise UnsupportedModelError(
             f"{tensor.key}: unexpected shape {list(info.shape)} for {shape.experts} experts of "
@@ -187,5 +187,5 @@ class DiskExperts:
 
     @staticmethod
     def _oriented(tensor: Tensor, disk: DiskTensor) -> Tensor:
-        tensor = tensor.T if disk.input_dim == -2 else tensor  # noqa: PLR2004
+        tensor = tensor.T if disk.input_dim == -2 else tensor
         return tensor.to(torch.float32).contiguous()

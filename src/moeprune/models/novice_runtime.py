@@ -99,11 +99,12 @@ def adapted(mapping):
                 for op in entry.operations
             ]
             targets = list(entry._original_target_patterns)
-            entry = WeightConverter(list(sources), targets, operations)
+            found.append(WeightConverter(list(sources), targets, operations))
             source = sources[0].partition("experts.*")[0] + "experts.*.approx_value"
             target = targets[0].rpartition(".")[0] + ".novice_value"
             novices = WeightConverter(source, target, operations=[MergeKept(0)])
-        found.append(entry)
+        else:
+            found.append(entry)
     return found if novices is None else [*found, novices]
 
 

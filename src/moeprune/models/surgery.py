@@ -331,7 +331,7 @@ def _set_expert_count(config: dict[str, Any], before: int, after: int) -> None:
             continue
         keys = [key for key in quirks.EXPERT_COUNT_KEYS if key in part]
         if keys and all(part[key] == before for key in keys):
-            part.update({key: after for key in keys})
+            part.update(dict.fromkeys(keys, after))
             return
     raise UnsupportedModelError(
         f"config.json does not say {before} experts under any of "

@@ -58,7 +58,6 @@ class Removal:
     dropped: str
     share: str
     even: str
-    notes: tuple[str, ...] = ()
 
 
 def usage_map(result: Mapping[str, Any]) -> HeatMap | None:
@@ -76,7 +75,7 @@ def usage_map(result: Mapping[str, Any]) -> HeatMap | None:
         rows=tuple(_usage_row(layer, values, top) for layer, values in shares.items()),
         low="0",
         high=f"{wording.percent(top)} (an even share is {wording.percent(1 / experts)})",
-        heads=("busiest quarter serves", "never selected"),
+        heads=("busiest quarter of experts serves", "ids never selected"),
         label_every=_label_every(experts),
     )
 
@@ -92,13 +91,14 @@ def score_maps(row: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[HeatM
     if not names and not removes:
         return ()
     usage = result.get("usage") or {}
-    experts = max([result["model"]["experts"], *(_size(entry) for _, entry in plan)])
+    experts = result["model"]["experts"]
     return tuple(
         HeatMap(
             caption=f"Score “{name}” and fate of every expert" if name else "Fate of every expert",
             experts=experts,
             rows=tuple(
-                _score_row(layer, entry, name, usage.get(str(layer)) or ()) for layer, entry in plan
+                _score_row(layer, entry, name, usage.get(str(layer)) or (), experts)
+                for layer, entry in plan
             ),
             low="lowest score in its layer" if name else "",
             high="highest",
@@ -109,8 +109,10 @@ def score_maps(row: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[HeatM
 
 
 def removals(row: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[Removal, ...]:
-    """What each layer lost, and a last line for all layers together."""
+    """What each layer lost, and a last line for all; empty if every expert of the plan stays."""
     plan = _by_layer(row.get("plan"))
+    if not any(entry["replaced"] or entry["dropped"] for _, entry in plan):
+        return ()
     usage = result.get("usage") or {}
     lines, shares, evens = [], [], []
     for layer, entry in plan:
@@ -127,12 +129,20 @@ def removals(row: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[Removal
                 dropped=wording.ids(entry["dropped"]),
                 share=wording.percent(share),
                 even=wording.percent(even),
-                notes=tuple(map(str, entry.get("notes") or ())),
             )
         )
     if len(lines) > 1:
         lines.append(_total([entry for _, entry in plan], shares, evens))
     return tuple(lines)
+
+
+def remarks(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The plan's notes, each with its layer."""
+    return tuple(
+        f"layer {layer}: {note}"
+        for layer, entry in _by_layer(row.get("plan"))
+        for note in entry.get("notes") or ()
+    )
 
 
 def served(experts: Iterable[int], shares: Sequence[Any] | None) -> float | None:
@@ -185,14 +195,16 @@ def _usage_row(layer: int, values: Sequence[float | None], top: float) -> HeatRo
     return HeatRow(layer, tuple(cells), notes)
 
 
-def _score_row(layer: int, entry: Mapping[str, Any], name: str, usage: Sequence[Any]) -> HeatRow:
+def _score_row(
+    layer: int, entry: Mapping[str, Any], name: str, usage: Sequence[Any], experts: int
+) -> HeatRow:
     scores = [wording.number(v) for v in (entry.get("scores") or {}).get(name) or ()]
     known = [score for score in scores if score is not None]
     fates = dict.fromkeys(entry["keep"], KEPT)
     fates |= dict.fromkeys(entry["replaced"], NOVICE)
     fates |= dict.fromkeys(entry["dropped"], DROPPED)
     cells: list[Cell | None] = []
-    for expert in range(_size(entry)):
+    for expert in range(experts):
         fate = fates.get(expert)
         if fate is None:
             cells.append(None)
@@ -215,11 +227,6 @@ def _style(step: int | None, fate: str = KEPT) -> str:
 
 def _by_layer(table: Mapping[str, Any] | None) -> list[tuple[int, Any]]:
     return sorted((int(layer), value) for layer, value in (table or {}).items())
-
-
-def _size(entry: Mapping[str, Any]) -> int:
-    ids: list[int] = [*entry["keep"], *entry["replaced"], *entry["dropped"]]
-    return 1 + max(ids, default=-1)
 
 
 def _label_every(experts: int) -> int:

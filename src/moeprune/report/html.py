@@ -28,6 +28,8 @@ class Result:
     times: str
     maps: tuple[heatmaps.HeatMap, ...]
     removals: tuple[heatmaps.Removal, ...]
+    instead: str
+    remarks: tuple[str, ...]
 
 
 def render_report(result: Mapping[str, Any]) -> str:
@@ -91,9 +93,20 @@ def _results(result: Mapping[str, Any]) -> tuple[Result, ...]:
                 times=", ".join(times) or wording.NOTHING,
                 maps=heatmaps.score_maps(row, result),
                 removals=heatmaps.removals(row, result),
+                instead=_instead(row),
+                remarks=heatmaps.remarks(row),
             )
         )
     return tuple(found)
+
+
+def _instead(row: Mapping[str, Any]) -> str:
+    """What stands in place of a list of removed experts, where the plan removes none."""
+    if not row.get("plan"):
+        return f"{wording.NOTHING} This result carries no plan."
+    filled = measurements.share(row["nonzero_parameters"], row["parameters"])
+    zeros = 0.0 if filled is None else 1 - filled
+    return f"Every expert stays; {wording.percent(zeros)} of the model's parameters are zero."
 
 
 def _origin(result: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -56,7 +56,7 @@ def ramp(dark: bool = False) -> tuple[str, ...]:
     for step in range(STEPS):
         t = step / (STEPS - 1)
         # the arch keeps the middle of the ramp from greying out
-        arch = 0.07 * math.sin(math.pi * t)
+        arch = 0.035 * math.sin(math.pi * t)
         colours.append(
             _oklch(
                 low.lightness + t * (high.lightness - low.lightness),
@@ -93,8 +93,8 @@ def contrast(one: str, other: str) -> float:
 
 
 def ink(colour: str) -> str:
-    """Near-black or white, whichever is easier to see on the colour."""
-    return max(("#101418", "#ffffff"), key=lambda candidate: contrast(candidate, colour))
+    """Black or white, whichever is easier to see on the colour."""
+    return max(("#000000", "#ffffff"), key=lambda candidate: contrast(candidate, colour))
 
 
 def variables(dark: bool = False) -> dict[str, str]:

@@ -153,14 +153,14 @@ def _perplexities(
     row: Mapping[str, Any], domains: Sequence[str], base: Mapping[str, Any] | None
 ) -> tuple[Entry, ...]:
     known = ratios(row, base) if row is not base else {}
-    highest = max(known.values(), default=0.0)
-    # with one domain there is nothing to single out, and a gain is no loss
-    worst = highest if len(known) > 1 and highest > 1 else math.inf
+    worst = max(known, key=lambda domain: known[domain], default=None)
+    if worst is None or len(known) < 2 or known[worst] <= 1:
+        worst = None  # with one domain there is nothing to single out, and a gain is no loss
     return tuple(
         Entry(
             wording.significant(row["perplexity"].get(domain)),
             wording.times(known[domain]) if domain in known else "",
-            known.get(domain) == worst,
+            domain == worst,
         )
         for domain in domains
     )

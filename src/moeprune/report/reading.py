@@ -62,6 +62,7 @@ def check(result: Mapping[str, Any]) -> None:
         )
     _require(result, _RUN, "report")
     _allow(result, {"calibration": _TABLE, "usage": _TABLE}, "report")
+    _allow(result.get("calibration") or {}, {"domains": _TABLE}, "report: calibration")
     _require(result["model"], _MODEL, "report: model")
     for layer, shares in (result.get("usage") or {}).items():
         _check_layer_index(layer, "report: usage")
@@ -70,10 +71,10 @@ def check(result: Mapping[str, Any]) -> None:
     if not result["rows"]:
         raise MoepruneError("report: 'rows' is empty", "the first row is the unpruned model")
     for index, row in enumerate(result["rows"]):
-        _check_row(row, f"report: rows[{index}]")
+        _check_row(row, result["model"]["experts"], f"report: rows[{index}]")
 
 
-def _check_row(row: Any, where: str) -> None:
+def _check_row(row: Any, experts: int, where: str) -> None:
     if not isinstance(row, Mapping):
         raise MoepruneError(f"{where} is not an object")
     _require(row, _ROW, where)
@@ -86,8 +87,8 @@ def _check_row(row: Any, where: str) -> None:
         _require(entry, _LAYER, inside)
         _allow(entry, _LAYER_OPTIONAL, inside)
         for name in _LAYER:
-            if not all(type(e) is int and e >= 0 for e in entry[name]):
-                raise MoepruneError(f"{inside}: {name!r} is not a list of expert ids")
+            if not all(type(e) is int and 0 <= e < experts for e in entry[name]):
+                raise MoepruneError(f"{inside}: {name!r} is not a list of ids below {experts}")
         for name, values in (entry.get("scores") or {}).items():
             if not isinstance(values, _LIST):
                 raise MoepruneError(f"{inside}: scores.{name} is not a list")

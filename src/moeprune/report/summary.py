@@ -24,18 +24,23 @@ def anchor(index: int, row: Mapping[str, Any]) -> str:
 
 
 def opening(result: Mapping[str, Any]) -> str:
-    """One sentence: what was pruned, by what, on what evidence, measured on what."""
+    """One sentence: what was pruned, by what, on what evidence, and measured on what."""
     model = result["model"]
     pruned = [row for row in result["rows"] if row["method"] is not None]
-    methods = list(dict.fromkeys(row["method"] for row in pruned))
     domains = list(dict.fromkeys(str(name) for row in result["rows"] for name in row["perplexity"]))
-    made = " made with " + wording.listed(methods) if methods else ""
-    measured = f"; perplexity is measured on {wording.listed(domains)} text" if domains else ""
-    return (
-        f"{wording.plural(len(pruned), 'pruned version')} of {model['name']} "
-        f"({model['model_type']}, {wording.count(model['parameters'])} parameters, "
+    measured = f" on {wording.listed(domains)} text" if domains else ""
+    facts = (
+        f"{model['model_type']}, {wording.count(model['parameters'])} parameters, "
         f"{wording.plural(len(model['moe_layers']), 'MoE layer')} of {model['experts']} experts, "
-        f"{model['top_k']} selected per token){made} {_basis(result)}{measured}."
+        f"{model['top_k']} selected per token"
+    )
+    if not pruned:
+        return f"This run measured {model['name']} ({facts}) as it is{measured}."
+    methods = wording.listed(list(dict.fromkeys(row["method"] for row in pruned)))
+    return (
+        f"This run made {wording.plural(len(pruned), 'pruned version')} of {model['name']} "
+        f"({facts}) with {methods}, {_basis(result)}, "
+        f"and compared {'it' if len(pruned) == 1 else 'them'} with the original{measured}."
     )
 
 
@@ -73,7 +78,7 @@ def _basis(result: Mapping[str, Any]) -> str:
         return "without calibration data"
     tokens = calibration.get("tokens")
     over = f" over {wording.whole(tokens)} tokens" if wording.number(tokens) is not None else ""
-    return f"from one calibration pass{over}"
+    return f"after one calibration pass{over}"
 
 
 def _told(sample: Sample, whole: Any) -> str:

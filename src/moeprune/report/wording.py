@@ -29,9 +29,8 @@ def significant(value: Any, digits: int = 3) -> str:
         return NOTHING
     if known == 0:
         return "0"
-    size = math.floor(math.log10(abs(known)))
-    # rounding may carry into the next power of ten: 9.999 is 10.0, not 10.00
-    size = math.floor(math.log10(abs(float(f"{known:.{digits - 1}e}")))) if size else size
+    # of the rounded number, because rounding may carry: 9.999 is 10.0, not 10.00
+    size = math.floor(math.log10(abs(float(f"{known:.{digits - 1}e}"))))
     if not -5 < size < 6:
         return f"{known:.{digits - 1}e}".replace("-", "−")
     return f"{known:,.{max(0, digits - 1 - size)}f}".replace("-", "−").replace(",", THIN)
@@ -75,7 +74,7 @@ def times(ratio: Any) -> str:
     known = number(ratio)
     if known is None:
         return NOTHING
-    return f"×{known:.2f}" if known < 10 else f"×{significant(known)}"
+    return f"×{known:.2f}" if known < 9.995 else f"×{significant(known)}"
 
 
 def seconds(value: Any) -> str:

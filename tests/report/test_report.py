@@ -1,0 +1,413 @@
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_run import DOMAINS, fake_run
+
+import moeprune.report
+from moeprune.errors import MoepruneError
+from moeprune.report import heatmaps, marks, measurements, scatter, wording
+from moeprune.report.html import render_report
+
+VOID = {"meta", "link", "img"}
+
+
+class Outline(HTMLParser):
+    """The structure of a page: tables, headings, links, ids; complains about unbalanced tags."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tables: list[list[str]] = []
+        self.headings: list[int] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append((tag, given))
+        self.links += [given[k] or "" for k in ("src", "href", "action", "data") if k in given]
+        self.ids += [given["id"] or ""] if "id" in given else []
+        if tag == "table":
+            self.tables.append([])
+        elif self.tables and "table" in self.open:
+            self.tables[-1].append(tag)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        # HTML ignores the slash of <circle ... />; SVG within HTML does not
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join("".join(self.text).replace(wording.THIN, " ").split())
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_report(fake_run())
+
+
+@pytest.fixture(scope="module")
+def outline(page: str) -> Outline:
+    return Outline(page)
+
+
+def test_the_page_stands_alone_and_is_small(page: str, outline: Outline) -> None:
+    assert page.startswith("<!DOCTYPE html>")
+    assert len(page.encode()) < 1_000_000
+    assert outline.links and all(link.startswith("#") for link in outline.links)
+    assert not re.search(r"https?:|url\(|@import|(src|href)=[\"']?//", page)
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in outline.tags}
+
+
+def test_links_lead_somewhere_and_ids_are_unique(outline: Outline) -> None:
+    assert len(outline.ids) == len(set(outline.ids))
+    assert {link[1:] for link in outline.links} <= set(outline.ids)
+    labels = [
+        name for _, given in outline.tags for name in (given.get("aria-labelledby") or "").split()
+    ]
+    assert set(labels) <= set(outline.ids)
+
+
+def test_tables_have_captions_and_every_header_a_scope(outline: Outline) -> None:
+    assert len(outline.tables) == 1 + 1 + 4 * 2 + 2
+    assert all(tags[0] == "caption" for tags in outline.tables)
+    scopes = [given.get("scope") for tag, given in outline.tags if tag == "th"]
+    assert set(scopes) == {"row", "col", "colgroup"}
+
+
+def test_headings_descend_one_level_at_a_time(outline: Outline) -> None:
+    assert outline.headings[0] == 1 and outline.headings.count(1) == 1
+    steps = zip(outline.headings, outline.headings[1:], strict=False)
+    assert all(below <= above + 1 for above, below in steps)
+
+
+def test_both_colour_schemes_and_paper_are_styled(page: str) -> None:
+    assert "color-scheme: light dark" in page
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_the_numbers_stand_in_the_table(outline: Outline) -> None:
+    words = outline.words
+    for shown in ("12.7 M", "25.4 MB", "14.0 MB", "of 192", "55 %", "410 MB", "3.3 s", "0.0208"):
+        assert shown in words, shown
+    for domain in DOMAINS:
+        assert domain in words
+    assert "perplexity ×1.36" in words
+    assert "moeprune demo --out demo-out" in words and "ab12" * 16 in words and "2.13.0" in words
+    assert "score=fusion, novice=mean, beta=0.5" in words
+
+
+def test_the_worst_domain_is_named_not_only_coloured(outline: Outline) -> None:
+    worst = [given for tag, given in outline.tags if given.get("class") == "worst"]
+    assert len(worst) == 7
+    assert outline.words.count("worst domain of this row") == 7
+    rows = measurements.table(fake_run()).rows
+    assert [entry.worst for entry in rows[1].perplexity] == [d == "code" for d in DOMAINS]
+    assert not any(entry.worst for entry in rows[0].perplexity)
+
+
+def test_warnings_come_before_the_results_and_name_their_row(page: str, outline: Outline) -> None:
+    assert page.index("do not draw conclusions") < page.index('id="results"')
+    assert "moeits-50: layer 3: 4 of the kept experts" in outline.words
+    quiet = fake_run()
+    quiet["warnings"] = quiet["rows"][4]["warnings"] = []
+    assert 'class="warnings"' not in render_report(quiet)
+
+
+def test_one_warning_about_two_rows_is_printed_once() -> None:
+    run = fake_run()
+    run["rows"][1]["warnings"] = list(run["rows"][4]["warnings"])
+    words = Outline(render_report(run)).words
+    assert words.count("fewer than 100 calibration tokens") == 1
+    assert "mone-25, moeits-50: layer 3" in words
+
+
+def test_every_expert_has_a_cell_that_can_be_read_aloud(page: str, outline: Outline) -> None:
+    cells = [given for tag, given in outline.tags if tag == "td" and "title" in given]
+    assert len(cells) == 6 * 32 * (1 + 4)
+    assert all("expert" in (given["title"] or "") for given in cells)
+    fates = [(given["class"] or "").split()[-1] for given in cells[6 * 32 :]]
+    assert fates.count("n") == fates.count("d") == 6 * (8 + 16)
+    assert len(re.findall(r"<i>novice [^<]+</i>", page)) == 6 * (8 + 16)
+
+
+def test_what_was_removed_adds_up_the_usage() -> None:
+    run = fake_run()
+    row = run["rows"][1]
+    lines = heatmaps.removals(row, run)
+    removed = row["plan"]["0"]["replaced"]
+    assert lines[0].share == wording.percent(sum(run["usage"]["0"][e] for e in removed))
+    assert lines[0].novices == wording.ids(removed) and lines[0].dropped == wording.NOTHING
+    assert lines[-1].layer == "all" and lines[-1].novices == "48 experts"
+    assert lines[-1].even == wording.percent(0.25)
+
+
+def test_layers_are_sorted_as_numbers() -> None:
+    run = fake_run(layers=12)
+    usage = heatmaps.usage_map(run)
+    assert usage is not None and [row.layer for row in usage.rows] == list(range(12))
+
+
+def test_a_plan_that_removes_nothing_says_so(outline: Outline) -> None:
+    assert "Every expert stays; 27.0 % of the model's parameters are zero." in outline.words
+
+
+def test_names_are_escaped() -> None:
+    evil = "<script>alert(1)</script>\"'><img src=x>"
+    run = fake_run()
+    run["model"]["name"] = run["rows"][1]["name"] = run["command"] = evil
+    run["warnings"] = [evil]
+    run["rows"][1]["plan"]["0"]["scores"] = {evil: [0.5] * 32}
+    run["rows"][1]["plan"]["0"]["notes"] = [evil]
+    for row in run["rows"]:
+        row["perplexity"][evil] = 3.0
+    page = render_report(run)
+    assert "<script" not in page and "<img" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    Outline(page)
+
+
+def _sparse_run() -> dict[str, Any]:
+    run = fake_run()
+    run["calibration"] = run["usage"] = None
+    for row in run["rows"]:
+        row["kl"] = row["agreement"] = row["peak_memory_bytes"] = row["plan"] = None
+    return run
+
+
+def test_unknown_measurements_are_dashes() -> None:
+    run = _sparse_run()
+    words = Outline(render_report(run)).words
+    assert "without calibration data" in words
+    assert "No usage was recorded" in words and "carries no plan" in words
+    assert words.count(wording.NOTHING) > 8 * 3
+
+
+def test_absent_keys_are_the_same_as_null() -> None:
+    absent = _sparse_run()
+    for key in ("calibration", "usage"):
+        del absent[key]
+    for row in absent["rows"]:
+        for key in ("kl", "agreement", "peak_memory_bytes", "plan"):
+            del row[key]
+    assert render_report(absent) == render_report(_sparse_run())
+
+
+def test_oddities_do_not_crash() -> None:
+    run = fake_run()
+    run["rows"][1]["perplexity"] = {"english": None, "code": math.nan, "german": math.inf}
+    run["rows"][2]["perplexity"] = {}
+    run["rows"][3]["bytes"] = None
+    run["rows"][3]["plan"]["1"]["scores"] = {"fusion": [None] * 32, "second": [1.0]}
+    run["rows"][4]["plan"]["1"]["keep"] = []
+    run["rows"][5]["seconds"] = {}
+    run["usage"]["1"] = [0.5, None]
+    run["seed"] = run["rows"][1]["seed"] = 7
+    outline = Outline(render_report(run))
+    assert "Not drawn, because a size or a perplexity is unknown: mone-25, moeits-25, mone-50." in (
+        outline.words
+    )
+    assert "∞" in outline.words and "no score" in outline.words and "seed=7" in outline.words
+
+
+def test_only_the_unpruned_model() -> None:
+    run = fake_run()
+    run["rows"] = run["rows"][:1]
+    words = Outline(render_report(run)).words
+    assert "This run measured demo" in words and "Nothing was pruned" in words
+
+
+def test_without_the_unpruned_model_no_ratio_is_claimed() -> None:
+    run = fake_run()
+    run["rows"] = run["rows"][1:]
+    page = render_report(run)
+    assert 'class="worst"' not in page and "<svg" not in page
+
+
+def test_the_input_is_left_alone_and_the_page_is_reproducible() -> None:
+    run = fake_run()
+    before = copy.deepcopy(run)
+    assert render_report(run) == render_report(json.loads(json.dumps(run)))
+    assert run == before
+
+
+@pytest.mark.parametrize("key", ["command", "model", "rows", "warnings", "versions", "seconds"])
+def test_a_missing_key_of_the_run_is_named(key: str) -> None:
+    run = fake_run()
+    del run[key]
+    with pytest.raises(MoepruneError, match=f"'{key}' is missing"):
+        render_report(run)
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        (("model",), "experts"),
+        (("model",), "fingerprint"),
+        (("rows", 1), "perplexity"),
+        (("rows", 2), "bytes"),
+        (("rows", 1, "plan", "3"), "dropped"),
+    ],
+)
+def test_a_missing_key_further_in_is_named_with_its_place(path: tuple[Any, ...], key: str) -> None:
+    run = fake_run()
+    inner: Any = run
+    for step in path:
+        inner = inner[step]
+    del inner[key]
+    with pytest.raises(MoepruneError, match=f"{path[0]}.*'{key}' is missing"):
+        render_report(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "moeprune.run/2"}, "'format' is not"),
+        ({"rows": []}, "'rows' is empty"),
+        ({"rows": ["x"]}, r"rows\[0\] is not an object"),
+        ({"rows": "x"}, "'rows' may not be str"),
+        ({"usage": {"x": []}}, "not a layer index"),
+        ({"usage": {"0": 1.0}}, "not a list"),
+    ],
+)
+def test_malformed_runs_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(MoepruneError, match=message):
+        render_report(fake_run() | change)
+
+
+def test_a_plan_with_an_impossible_expert_is_refused() -> None:
+    run = fake_run()
+    run["rows"][1]["plan"]["0"]["keep"] = [10**9]
+    with pytest.raises(MoepruneError, match="'keep' is not a list of ids below 32"):
+        render_report(run)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_ramp_is_monotone_and_marks_on_it_are_visible(dark: bool) -> None:
+    levels = [marks.luminance(colour) for colour in marks.ramp(dark)]
+    assert len(set(levels)) == marks.STEPS
+    assert levels == sorted(levels, reverse=not dark)
+    assert all(marks.contrast(c, marks.ink(c)) >= 4.5 for c in marks.ramp(dark))
+
+
+@pytest.mark.parametrize("palette", [marks.LIGHT, marks.DARK])
+def test_text_has_enough_contrast(palette: dict[str, str]) -> None:
+    for text in ("text", "muted", "accent", "alert"):
+        for ground in ("page", "panel"):
+            assert marks.contrast(palette[text], palette[ground]) >= 4.5, (text, ground)
+    for text in ("text", "alert"):
+        assert marks.contrast(palette[text], palette["alert-page"]) >= 4.5
+
+
+def test_shades_are_monotone_and_cover_the_ramp() -> None:
+    steps = [marks.shade(i / 100, 0.0, 1.0) for i in range(101)]
+    assert steps == sorted(s for s in steps if s is not None)
+    assert set(steps) == set(range(marks.STEPS))
+    assert marks.shade(None, 0, 1) is None and marks.shade(math.nan, 0, 1) is None
+    assert marks.shade(3.0, 3.0, 3.0) == marks.STEPS // 2
+
+
+def test_chart_places_marks_in_order_and_labels_apart() -> None:
+    samples, missing = measurements.samples(fake_run())
+    chart = scatter.scatter(samples)
+    assert chart is not None and missing == []
+    by_size = sorted(zip(samples, chart.points, strict=True), key=lambda pair: pair[0].bytes)
+    assert [p.x for _, p in by_size] == sorted(p.x for p in chart.points)
+    by_loss = sorted(zip(samples, chart.points, strict=True), key=lambda pair: pair[0].ratio)
+    assert [p.y for _, p in by_loss] == sorted((p.y for p in chart.points), reverse=True)
+    assert "×1.00" in [tick.label for tick in chart.y_ticks]
+    assert len({(round(p.label_x), round(p.label_y)) for p in chart.points}) == len(samples)
+    for point in chart.points:
+        assert chart.left <= point.x <= chart.right and chart.top <= point.y <= chart.bottom
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 1.0004, 30.0, 1e12])
+def test_chart_survives_any_ratio(ratio: float) -> None:
+    same = [scatter.Sample(f"model {i}" * 9, 1e6, ratio, i > 0) for i in range(12)]
+    chart = scatter.scatter(same)
+    assert chart is not None and len(chart.points) == 12
+    assert scatter.scatter(same[:1]) is None
+    positions = [tick.at for tick in chart.y_ticks]
+    assert positions == sorted(positions, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (wording.significant(9.999), "10.0"),
+        (wording.significant(0.0208), "0.0208"),
+        (wording.significant(12345.6), "12 346"),
+        (wording.significant(3e-9), "3.00e−09"),
+        (wording.significant(-0.5), "−0.500"),
+        (wording.significant(0), "0"),
+        (wording.significant("x"), "–"),
+        (wording.significant(True), "–"),
+        (wording.count(12_722_880), "12.7 M"),
+        (wording.count(30_532_122_624), "30.5 B"),
+        (wording.count(999_999), "1.00 M"),
+        (wording.size(512), "512 B"),
+        (wording.size(25_445_760), "25.4 MB"),
+        (wording.times(1.1367), "×1.14"),
+        (wording.times(9.999), "×10.0"),
+        (wording.seconds(95.1), "95.1 s"),
+        (wording.seconds(125), "2 min 05 s"),
+        (wording.seconds(3725), "1 h 02 min"),
+        (wording.ids([10, 0, 1, 2, 3, 7, 8]), "0–3, 7, 8, 10"),
+        (wording.ids([7, 8]), "7, 8"),
+        (wording.ids([]), "–"),
+        (wording.listed(["a", "b", "c"]), "a, b and c"),
+        (wording.settings({"ratio": 0.5, "roles": ["up", "gate"]}), "ratio=0.5, roles=up gate"),
+    ],
+)
+def test_wording(shown: str, expected: str) -> None:
+    assert shown.replace(wording.THIN, " ") == expected
+
+
+def test_geometric_mean_needs_every_domain() -> None:
+    base = {"perplexity": {"a": 10.0, "b": 10.0}}
+    assert measurements.mean_ratio({"perplexity": {"a": 20.0, "b": 5.0}}, base) == pytest.approx(1)
+    assert measurements.mean_ratio({"perplexity": {"a": 20.0, "b": None}}, base) is None
+    assert measurements.mean_ratio({"perplexity": {"a": 20.0}}, None) is None
+
+
+def test_the_report_knows_errors_only() -> None:
+    for path in Path(str(moeprune.report.__file__)).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moeprune"):
+                assert node.module == "moeprune.errors" or node.module.startswith("moeprune.report")
+
+
+def test_one_domain_at_most_is_singled_out_and_never_a_gain() -> None:
+    base = {"a": 10.0, "b": 10.0}
+    run = fake_run()
+    run["rows"] = run["rows"][:4]
+    cases = (base, {"a": 12.0, "b": 12.0}, {"a": 9.0, "b": 8.0}, {"a": 10.0, "b": 11.0})
+    for row, values in zip(run["rows"], cases, strict=True):
+        row["perplexity"] = values
+    marked = [sum(e.worst for e in row.perplexity) for row in measurements.table(run).rows]
+    assert marked == [0, 1, 0, 1]
