@@ -60,7 +60,9 @@ def walk_seconds(model: LayeredModel, batches: list, needs: tuple[str, ...]) -> 
 
 
 def random_batches(sequences: int, length: int = 512, vocabulary: int = 1000) -> list:
-    ids = torch.randint(3, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        3, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0)
+    )
     return data.batches([data.Domain("random", ids, 1.0)])
 
 

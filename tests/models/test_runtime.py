@@ -57,7 +57,7 @@ class Case:
 
 
 def with_novices(shape: LayerShape, dtype: torch.dtype = torch.float32) -> LayerPlan:
-    """Random constants for two or three experts: others in every layer, expert 0 in every second."""
+    """Random constants for two or three experts, others in every layer; often for expert 0."""
     replaced = set(some_experts(shape, 2 if shape.groups == 1 else 1, seed=1)) - {0}
     replaced |= {0} if shape.layer % 2 else {5}
     vectors = torch.randn(len(replaced), shape.hidden, generator=generator(3, shape.layer))
@@ -256,7 +256,7 @@ def test_fails_loudly_without_remote_code(model_type: str, cases: Cases) -> None
 
 @pytest.mark.parametrize("model_type", ["mixtral", "dots3_note_text", "axk1", "inkling2_text"])
 def test_stock_models_are_unharmed(model_type: str, cases: Cases, tmp_path: Path) -> None:
-    """Opening a novice checkpoint changes nothing for stock models of that family in the process."""
+    """Opening a novice checkpoint changes nothing for stock models in the same process."""
     case = cases(model_type)
     runtime.load(case.path)
     runtime.load(case.path)

@@ -559,6 +559,15 @@ BAD: Mapping[str, tuple[str, Callable[[Plan], Plan], str]] = {
         ),
         "cannot be mixed",
     ),
+    "all replaced": (
+        "mixtral",
+        lambda p: _layers(
+            p,
+            lambda x: replace(x, keep=(), replaced=tuple(range(8)), novices_NH=torch.zeros(8, 32)),
+            [2],
+        ),
+        "layer 2: all experts are replaced",
+    ),
     "no vector": (
         "mixtral",
         lambda p: _layers(

@@ -81,7 +81,7 @@ class Accumulator(ABC):
     def merge(self, other: Accumulator) -> None:
         """Add the sums of ``other``, which has seen other tokens of the same layer."""
         for name, tensor in self.tensors():
-            tensor += getattr(other, name)
+            tensor.add_(getattr(other, name))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The fields and their tensors, in order of declaration."""

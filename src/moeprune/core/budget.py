@@ -95,11 +95,12 @@ def experts_to_remove(budget: Budget, shape: LayerShape) -> int:
 
 
 def least_kept(shape: LayerShape, floor: int = 0) -> int:
-    """The fewest experts that a layer can route over, at least ``floor`` (the user's own).
+    """The fewest experts that a layer can route over, at least ``floor`` (the user's own, up to E).
 
     K experts must exist; a group-limited router needs the same number in every group, two for the
     sum of the two best that ranks a group, and K among the groups that a token may choose from.
     """
+    floor = min(floor, shape.experts)
     if shape.groups == 1:
         return max(shape.top_k, floor)
     per_group = max(2, math.ceil(shape.top_k / shape.top_groups), math.ceil(floor / shape.groups))
@@ -121,9 +122,11 @@ def removable(budget: Budget, shape: LayerShape, floor: int = 0) -> int:
     asked = f"--keep {budget.keep}" if budget.keep is not None else f"ratio {budget.ratio:g}"
     if kept < least:
         reason = f"top-k is {shape.top_k}" if shape.groups == 1 else f"{shape.groups} groups"
+        if least > least_kept(shape):
+            reason = f"the floor is {floor}"
         raise BudgetError(
             f"{asked} leaves {kept} of {shape.experts} experts in layer {shape.layer}, "
-            f"but its router needs {least} ({reason})",
+            f"but {least} must stay ({reason})",
             f"use --keep {least} or more (ratio {1 - least / shape.experts:.4g} or less)",
         )
     if kept % shape.groups:
@@ -139,8 +142,8 @@ def lowest(
 ) -> list[int]:
     """The ``remove`` experts with the lowest scores, ascending by id.
 
-    Ties break by the number of tokens, then by id: the expert that was used less, then the lower id,
-    goes first. With routing groups the same number goes from every group. NaN ranks lowest.
+    Ties break by the number of tokens, then by id: the expert that was used less, then the lower
+    id, goes first. With routing groups the same number goes from every group. NaN ranks lowest.
     """
     order = sorted(
         range(shape.experts),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import entry_points
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Protocol
 
 from pydantic import TypeAdapter, ValidationError
@@ -136,9 +136,21 @@ def methods() -> dict[str, type[Method]]:
     """All known methods by name: registered ones and those of installed entry points."""
     if not _REGISTRY.loaded:
         for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
-            _REGISTRY.classes.setdefault(point.name, point.load())
+            if point.name not in _REGISTRY.classes:
+                _REGISTRY.classes[point.name] = _load(point)
         _REGISTRY.loaded = True
     return dict(sorted(_REGISTRY.classes.items()))
+
+
+def _load(point: EntryPoint) -> type[Method]:
+    try:
+        loaded: type[Method] = point.load()
+    except Exception as error:  # somebody else's package
+        raise MoepruneError(
+            f"method {point.name!r} ({point.value}) cannot be loaded: {error}",
+            "repair or uninstall the package that offers it",
+        ) from error
+    return loaded
 
 
 def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
@@ -151,7 +163,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     if name not in known:
         raise MoepruneError(f"unknown method {name!r}", nearest(name, known))
     kind = known[name]
-    allowed = {f: info for f, info in kind.__dataclass_fields__.items() if info.init}
+    allowed = [option.name for option in fields(kind)]
     for option in options or {}:
         if option not in allowed:
             raise MoepruneError(f"{name} has no option {option!r}", nearest(option, allowed))

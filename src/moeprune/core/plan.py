@@ -7,6 +7,8 @@ in docs/formats.md.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,9 @@ from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import PlanError
 
 FORMAT = "moeprune.plan/1"
+
+_INDEX = re.compile(r"0|[1-9][0-9]{0,5}")
+_PATTERN = re.compile(r"([0-9]{1,4}):([0-9]{1,4})")
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class LayerPlan:
                 raise PlanError(
                     f"{where}: novices of shape {list(size)}, expected one row of {shape.hidden} "
                     f"for each of {len(self.replaced)} replaced experts",
-                    "an expert can be taken from 'replaced' by hand, but not added without a vector",
+                    "by hand, experts can be taken from 'replaced', but not added without a vector",
                 )
         if self.mask is not None:
             self._check_mask(self.mask, shape, where)
@@ -171,10 +176,10 @@ class Plan:
         for index, layer in sorted(self.layers.items()):
             if layer.novices_NH is not None:
                 found[f"layers.{index}.novices"] = layer.novices_NH
-            if layer.mask is not None and layer.mask.scale_in_EH is not None:
-                found[f"layers.{index}.scale_in"] = layer.mask.scale_in_EH
-            if layer.mask is not None and layer.mask.scale_mid_EI is not None:
-                found[f"layers.{index}.scale_mid"] = layer.mask.scale_mid_EI
+            scales = {} if layer.mask is None else _scales(layer.mask)
+            for name, table in scales.items():
+                if table is not None:
+                    found[f"layers.{index}.{name}"] = table
         return {name: tensor.float().contiguous() for name, tensor in found.items()}
 
     def to_json(self, vectors: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -205,7 +210,7 @@ class Plan:
         layers = _get(data, "layers", dict, "plan")
         parsed = {}
         for key, entry in layers.items():
-            if not key.isdecimal() or not isinstance(entry, dict):
+            if not _INDEX.fullmatch(str(key)) or not isinstance(entry, dict):
                 raise PlanError(f"plan: layers.{key} is not a layer index with an object")
             parsed[int(key)] = _layer_from_json(int(key), entry, vectors)
         return cls(
@@ -216,7 +221,7 @@ class Plan:
             model=_get(data, "model", dict, "plan"),
             statistics=_get(data, "statistics", dict, "plan"),
             seed=_get(data, "seed", int, "plan"),
-            warnings=tuple(str(text) for text in data.get("warnings") or ()),
+            warnings=_texts(data, "warnings", "plan"),
             versions=_get(data, "versions", dict, "plan"),
         )
 
@@ -236,8 +241,13 @@ def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
             "roles": list(mask.roles),
             **({"ratio": mask.ratio} if mask.ratio is not None else {}),
             **({"pattern": f"{mask.pattern[0]}:{mask.pattern[1]}"} if mask.pattern else {}),
+            # without its scales a mask would silently become another method's
+            "scales": [name for name, table in _scales(mask).items() if table is not None],
         }
-    entry["scores"] = {name: list(values) for name, values in layer.scores.items()}
+    entry["scores"] = {
+        name: [v if v is not None and math.isfinite(v) else None for v in values]
+        for name, values in layer.scores.items()
+    }
     if layer.notes:
         entry["notes"] = list(layer.notes)
     return entry
@@ -247,15 +257,24 @@ def _layer_from_json(index: int, entry: dict[str, Any], vectors: Mapping[str, Te
     where = f"plan: layers.{index}"
     keep, replaced = (_ids(entry, name, where) for name in ("keep", "replaced"))
     novices = vectors.get(f"layers.{index}.novices")
-    if novices is not None:
-        rows = {e: row for row, e in enumerate(_ids(entry, "novice_rows", where))}
-        missing = [e for e in replaced if e not in rows or rows[e] >= len(novices)]
-        if missing:
+    listed = _ids(entry, "novice_rows", where) if "novice_rows" in entry else ()
+    if listed or novices is not None:
+        if novices is None:
+            raise _lost(where, "novices")
+        if novices.ndim != 2 or not len(set(listed)) == len(listed) == len(novices):
             raise PlanError(
-                f"{where}: expert {missing[0]} is in 'replaced' but has no vector",
-                "plan again with a larger ratio, or delete the expert instead of replacing it",
+                f"{where}: 'novice_rows' names {len(set(listed))} experts, its vectors have shape "
+                f"{list(novices.shape)}",
+                "edit 'keep' and 'replaced'; 'novice_rows' belongs to the vectors",
             )
-        novices = novices[[rows[e] for e in replaced]]
+    missing = [e for e in replaced if e not in listed]
+    if missing:
+        raise PlanError(
+            f"{where}: expert {missing[0]} is in 'replaced' but has no vector",
+            "plan again with a larger ratio, or keep the expert",
+        )
+    if novices is not None:
+        novices = novices[[listed.index(e) for e in replaced]]
     mask = None
     if "mask" in entry:
         mask = _mask_from_json(index, _get(entry, "mask", dict, where), vectors)
@@ -265,10 +284,10 @@ def _layer_from_json(index: int, entry: dict[str, Any], vectors: Mapping[str, Te
         experts=_get(entry, "experts", int, where),
         keep=keep,
         replaced=replaced,
-        scores={str(name): tuple(values) for name, values in scores.items()},
+        scores={str(name): _numbers(scores, name, f"{where}.scores") for name in scores},
         novices_NH=novices if replaced else None,
         mask=mask,
-        notes=tuple(str(text) for text in entry.get("notes") or ()),
+        notes=_texts(entry, "notes", where),
     )
 
 
@@ -276,20 +295,34 @@ def _mask_from_json(index: int, entry: dict[str, Any], vectors: Mapping[str, Ten
     where = f"plan: layers.{index}.mask"
     pattern: tuple[int, int] | None = None
     if "pattern" in entry:
-        n, _, m = _get(entry, "pattern", str, where).partition(":")
-        if not (n.isdecimal() and m.isdecimal()):
+        match = _PATTERN.fullmatch(_get(entry, "pattern", str, where))
+        if match is None:
             raise PlanError(f"{where}: bad pattern {entry['pattern']!r}", "for example 2:4")
-        pattern = (int(n), int(m))
+        pattern = (int(match[1]), int(match[2]))
     ratio = entry.get("ratio")
-    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float))):
-        raise PlanError(f"{where}: ratio is not a number")
+    if ratio is not None and not (_is_number(ratio) and 0 <= ratio < 1):
+        raise PlanError(f"{where}: ratio is not a number in [0, 1)")
+    scales = {
+        name: vectors.get(f"layers.{index}.{name}") for name in _texts(entry, "scales", where)
+    }
+    unknown = sorted(set(scales) - set(_scales(MaskEdit(0.0, None))))
+    lost = sorted(name for name, table in scales.items() if table is None)
+    if unknown:
+        raise PlanError(f"{where}: unknown scale {unknown[0]!r}")
+    if lost:
+        raise _lost(where, lost[0])
     return MaskEdit(
         ratio=None if ratio is None else float(ratio),
         pattern=pattern,
         roles=tuple(str(role) for role in _get(entry, "roles", list, where)),
-        scale_in_EH=vectors.get(f"layers.{index}.scale_in"),
-        scale_mid_EI=vectors.get(f"layers.{index}.scale_mid"),
+        scale_in_EH=scales.get("scale_in"),
+        scale_mid_EI=scales.get("scale_mid"),
     )
+
+
+def _scales(mask: MaskEdit) -> dict[str, Tensor | None]:
+    """The scale tables by their names among the vectors."""
+    return {"scale_in": mask.scale_in_EH, "scale_mid": mask.scale_mid_EI}
 
 
 def _get(data: dict[str, Any], name: str, kind: type, where: str) -> Any:
@@ -303,4 +336,30 @@ def _ids(entry: dict[str, Any], name: str, where: str) -> tuple[int, ...]:
     values = _get(entry, name, list, where)
     if not all(isinstance(e, int) and not isinstance(e, bool) for e in values):
         raise PlanError(f"{where}: {name!r} is not a list of expert ids")
+    return tuple(values)
+
+
+def _lost(where: str, name: str) -> PlanError:
+    return PlanError(
+        f"{where}: its vectors {name!r} are missing",
+        "a plan is two files, .json and .safetensors: copy both",
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _numbers(entry: dict[str, Any], name: str, where: str) -> tuple[float | None, ...]:
+    values = _get(entry, name, list, where)
+    if not all(value is None or _is_number(value) for value in values):
+        raise PlanError(f"{where}: {name!r} is not a list of numbers")
+    return tuple(values)
+
+
+def _texts(entry: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """An optional list of strings."""
+    values = [] if entry.get(name) is None else _get(entry, name, list, where)
+    if not all(isinstance(value, str) for value in values):
+        raise PlanError(f"{where}: {name!r} is not a list of strings")
     return tuple(values)

@@ -114,7 +114,13 @@ class LayerStatistics:
         for name, part in result.parts.items():
             for field_name, blank in part.tensors():
                 tensor = tensors.get(f"{name}.{field_name}")
-                if tensor is None or tensor.shape[1:] != blank.shape[1:]:
+                if tensor is None or not _fits(tensor, blank):
                     raise MoepruneError(f"statistics of layer {shape.layer}: bad {name} sums")
                 setattr(part, field_name, tensor.to(blank.dtype))
         return result
+
+
+def _fits(tensor: Tensor, blank: Tensor) -> bool:
+    """Whether shapes are equal; a first axis of 0 in ``blank`` stands for any length (samples)."""
+    anything = blank.ndim == tensor.ndim > 0 and not len(blank)
+    return tensor.shape[anything:] == blank.shape[anything:]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from moeprune.core.accumulators import Hidden, Inputs, Routing
 from moeprune.core.method import Context, LayerView, Method
@@ -37,7 +38,7 @@ class MoEPruner(Method):
     needs: ClassVar[tuple[str, ...]] = ("routing", "inputs", "hidden")
 
     propagate: Literal["pruned", "dense"] = "pruned"
-    min_tokens: int = 16
+    min_tokens: Annotated[int, Field(ge=0)] = 16
 
     @property
     def sequential(self) -> bool:

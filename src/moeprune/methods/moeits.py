@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from moeprune.core.budget import least_kept, removable
 from moeprune.core.method import Context, LayerView, Method
+from moeprune.core.ops.binning import MAX_FIXED_BINS
 from moeprune.core.ops.elimination import (
     Removal,
     closest_pair_order,
@@ -19,6 +21,7 @@ from moeprune.core.ops.elimination import (
 )
 from moeprune.core.ops.nmi import noise_floor, pairwise_nmi
 from moeprune.core.plan import LayerPlan
+from moeprune.errors import MoepruneError
 
 MATRIX_WEIGHTS = {
     "equal": {"gate": 1 / 3, "up": 1 / 3, "down": 1 / 3},
@@ -38,7 +41,8 @@ class MoEITS(Method):
     index-aligned weights. While a pair is closer than ``mean(M) + tau * IQR(M)`` (``--tau``), or
     until the budget is met (``--ratio``, ``--keep``), of the closest pair the expert with the
     larger row mean goes. Survivors and their router rows are untouched. The order of removal does
-    not depend on tau, so a smaller tau always keeps a subset.
+    not depend on tau, so a smaller tau always keeps a subset (not where routing is limited to
+    groups, each of which must keep the same number).
 
     Options:
         matrix_weights: ``equal`` (1/3 each) or ``up-down`` (0.2 gate, 0.4 up, 0.4 down).
@@ -55,8 +59,8 @@ class MoEITS(Method):
 
     matrix_weights: Literal["equal", "up-down"] = "equal"
     threshold: Literal["off-diagonal", "compat"] = "off-diagonal"
-    bins: int | Literal["auto"] = "auto"
-    floor: int = 0
+    bins: Annotated[int, Field(ge=2, le=MAX_FIXED_BINS)] | Literal["auto"] = "auto"
+    floor: Annotated[int, Field(ge=0)] = 0
 
     def plan_layer(self, view: LayerView, context: Context) -> LayerPlan:
         """Decide about one layer."""
@@ -90,7 +94,11 @@ class MoEITS(Method):
             def report(done: int, _: int, offset: int = number * pairs) -> None:
                 context.progress(offset + done, pairs * len(weights), f"layer {shape.layer}")
 
-            total += weight * pairwise_nmi(_matrices(view, role), self.bins, progress=report)
+            try:
+                nmi_EE = pairwise_nmi(_matrices(view, role), self.bins, progress=report)
+            except ValueError as error:  # NaN or infinite weights
+                raise MoepruneError(f"layer {shape.layer}, {role} matrices: {error}") from error
+            total += weight * nmi_EE
         return total
 
     def _weights(self, view: LayerView) -> dict[str, float]:
@@ -116,7 +124,7 @@ class MoEITS(Method):
         least = least_kept(shape, self.floor)
         order = closest_pair_order(similarity_EE, least, shape.groups)
         gone = removals_above(order, bar)
-        if len(gone) == len(order) and order:
+        if len(removals_above(closest_pair_order(similarity_EE), bar)) > len(order):
             context.warn(
                 f"layer {shape.layer}: tau {tau:g} would keep fewer than the {least} experts that "
                 "the router needs; kept that many"

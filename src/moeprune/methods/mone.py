@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -47,6 +48,7 @@ class MoNE(Method):
         free = _ungrouped(view.shape)
         remove = experts_to_remove(context.budget, view.shape)
         scores, counts = self._scores(view)
+        _warn_of_nan(view, scores, context)
         return self._plan(view, lowest(scores, counts, remove, free), scores)
 
     def plan_model(self, views: Iterable[LayerView], context: Context) -> dict[int, LayerPlan]:
@@ -56,10 +58,12 @@ class MoNE(Method):
         ranked, total = [], 0
         for view in views:
             scores, counts = self._scores(view)
-            mean = sum(scores) / len(scores) or 1.0
+            _warn_of_nan(view, scores, context)
+            finite = [score for score in scores if math.isfinite(score)]
+            mean = sum(finite) / max(1, len(finite)) or 1.0
             total += experts_to_remove(context.budget, view.shape)
             ranked += [
-                (score / mean, count, view.shape.layer, expert)
+                (-math.inf if math.isnan(score) else score / mean, count, view.shape.layer, expert)
                 for expert, (score, count) in enumerate(zip(scores, counts, strict=True))
             ]
         chosen: dict[int, list[int]] = {}
@@ -100,6 +104,15 @@ class MoNE(Method):
             scores={"fusion": tuple(scores)},
             novices_NH=outputs.mean_EH[replaced].float() if replaced else None,
             notes=notes,
+        )
+
+
+def _warn_of_nan(view: LayerView, scores: list[float], context: Context) -> None:
+    unknown = [expert for expert, score in enumerate(scores) if math.isnan(score)]
+    if unknown:
+        context.warn(
+            f"layer {view.shape.layer}: experts {unknown} gave outputs that are not finite; "
+            "they are replaced first"
         )
 
 

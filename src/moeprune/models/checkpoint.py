@@ -65,6 +65,13 @@ def _bad(file: Path, why: str) -> CheckpointError:
     return CheckpointError(f"damaged file {file}: {why}", "download or copy the checkpoint again")
 
 
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors of one safetensors file and its metadata.
 
@@ -86,7 +93,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise _bad(file, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _bad(file, "its header is not an object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise _bad(file, "its metadata is not an object")
     start, tensors = 8 + length, {}
     for name, entry in header.items():
         try:
@@ -102,6 +111,13 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if start + end > size:
             raise _bad(file, f"truncated: {name!r} ends at byte {start + end} of {size}")
         tensors[name] = TensorInfo(file, dtype, shape, start + begin, start + end)
+    position = start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            raise _bad(file, f"{name!r} overlaps another tensor, or there is a gap before it")
+        position = info.end
+    if position != size:
+        raise _bad(file, f"{size - position} bytes belong to no tensor")
     return tensors, {str(k): str(v) for k, v in metadata.items()}
 
 
@@ -161,7 +177,7 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path / INDEX} has no weight_map")
             names = {str(name) for name in weight_map.values()}
             for name in names:
-                if Path(name).name != name or name in (".", ".."):
+                if Path(name).name != name or name in ("", ".", ".."):
                     raise CheckpointError(
                         f"{self.path / INDEX} points outside its folder: {name!r}"
                     )

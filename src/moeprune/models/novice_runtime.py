@@ -34,6 +34,7 @@ class MergeKept(MergeModulelist):
 
     @property
     def reverse_op(self):
+        """What saving does."""
         return SplitKept(self.dim)
 
 
@@ -42,6 +43,7 @@ class SplitKept(SplitModulelist):
 
     @property
     def reverse_op(self):
+        """What loading does."""
         return MergeKept(self.dim)
 
     @torch.no_grad()
@@ -54,6 +56,7 @@ class SplitKept(SplitModulelist):
         full_layer_name=None,
         **kwargs,
     ):
+        """Called by transformers when it saves a model."""
         layer = re.search(r"\.(\d+)\.", full_layer_name)[1]
         novices = novices_of(model.config, layer)
         # the caller looks for expert 0 to find the prefix, and 0 may be a novice: give whole names
@@ -68,7 +71,7 @@ class SplitKept(SplitModulelist):
             else:
                 total = tensor.size(self.dim) + len(novices)
                 ids = [e for e in range(total) if e not in novices]
-            for expert, piece in zip(ids, tensor.unbind(self.dim)):
+            for expert, piece in zip(ids, tensor.unbind(self.dim), strict=True):
                 result[prefix + pattern.replace("*", str(expert))] = piece.contiguous()
         return result
 
@@ -112,6 +115,7 @@ class NoviceExperts:
     """Mixin for an experts module that holds fewer experts than its router selects among."""
 
     def forward(self, hidden_states, top_k_index, top_k_weights, *args, **kwargs):
+        """The remaining experts' outputs and the constants, each times its gate."""
         # slot_of_expert: the position among the remaining experts, or len(remaining) + novice row
         slots = self.__dict__.get("_slots")
         if slots is None or slots.device != top_k_index.device:

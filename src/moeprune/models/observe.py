@@ -24,6 +24,7 @@ from moeprune.errors import UnsupportedModelError
 from moeprune.models.sites import MoESite
 
 IMPLEMENTATION = "moeprune_observe"
+_ROW_BLOCK = 64
 
 
 @dataclass
@@ -108,16 +109,26 @@ def observe_experts(
         slots_n = order_S[start : start + n]
         start += n
         tokens_n = slots_n // K
-        x_nH, gate_n = hidden_states[tokens_n], gates_S[slots_n]
-        h_nI, f_nH = _expert(self, expert, x_nH)
+        gate_n = gates_S[slots_n]
+        x_nH, h_nI, f_nH = _expert(self, expert, hidden_states, tokens_n)
         out_SH[slots_n] = (f_nH * gate_n[:, None]).to(out_SH.dtype)
         _collect(collector, expert, tokens_n, (x_nH, gate_n.float(), h_nI, f_nH))
     _collect_block(collector, hidden_states, top_k_index, top_k_weights.float())
     return out_SH.view(T, K, -1).sum(dim=1)
 
 
-def _expert(experts: Any, e: int, x_nH: Tensor) -> tuple[Tensor, Tensor]:
-    """One expert's hidden activations and outputs, by transformers' own flags."""
+def _expert(
+    experts: Any, e: int, hidden_states: Tensor, tokens_n: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One expert's inputs, hidden activations and outputs, by transformers' own flags.
+
+    Half-precision matrix products on the CPU are compiled per shape, so their rows are rounded up
+    to a multiple of ``_ROW_BLOCK``: a few shapes are compiled instead of one per expert and batch.
+    """
+    n = len(tokens_n)
+    if hidden_states.device.type == "cpu" and hidden_states.dtype != torch.float32:
+        tokens_n = torch.cat((tokens_n, tokens_n[:1].expand(-n % _ROW_BLOCK)))
+    x_nH = hidden_states[tokens_n]
 
     def linear(x: Tensor, name: str) -> Tensor:
         weight = getattr(experts, name)[e]
@@ -129,7 +140,8 @@ def _expert(experts: Any, e: int, x_nH: Tensor) -> tuple[Tensor, Tensor]:
     else:
         h_nI = experts.act_fn(linear(x_nH, "up_proj"))
     f_nH = linear(h_nI, "down_proj")
-    return h_nI, experts.post_expert_norm(f_nH) if experts.has_post_expert_norm else f_nH
+    f_nH = experts.post_expert_norm(f_nH) if experts.has_post_expert_norm else f_nH
+    return x_nH[:n], h_nI[:n], f_nH[:n]
 
 
 def _collect(collector: Collector, expert: int, tokens_n: Tensor, rows: tuple[Tensor, ...]) -> None:

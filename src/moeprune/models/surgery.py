@@ -123,6 +123,11 @@ def check_plan(model: LayeredModel, plan: Plan) -> None:
         layer = plan.layers.get(index)
         remain = shape.experts if layer is None else shape.experts - len(layer.dropped)
         counts[index] = remain
+        if layer is not None and layer.replaced and not layer.keep:
+            raise PlanError(
+                f"plan, layer {index}: all experts are replaced by constants",
+                "keep the weights of at least one expert in every layer",
+            )
         if layer is not None and layer.dropped:
             _check_router(layer, shape)
     if len(set(counts.values())) > 1:

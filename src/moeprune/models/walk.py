@@ -6,6 +6,7 @@ more. Statistics are collected per batch and added up in order of batches.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,13 @@ from moeprune.models.loading import LayeredModel
 from moeprune.models.lockstep import Job, Lockstep
 from moeprune.models.observe import Collector, observed
 from moeprune.models.sites import MoESite
+
+# Half-precision matrix products on the CPU are compiled once per shape and kept, half a megabyte
+# each, 1024 by default. The number of rows per expert differs with every batch, so most are used
+# once; fewer of them keep memory a matter of one layer. Read by torch at its first such product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
+_MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all); a step is one batch through one layer."""
@@ -118,6 +126,7 @@ class Walk:
             if index + 1 < len(self.model.layers):
                 self._lockstep.advance()  # past the last layer only when logits are asked for
             self.model.free_layer(index)
+            _return_memory()
 
     def _load(self, index: int) -> None:
         torch.set_num_threads(1)  # this thread's copies; the batches' threads have the other cores
@@ -158,6 +167,16 @@ class Walk:
         """Final norm and head of one batch, logits [B, L, V]; each batch can be asked for once."""
         output = self._lockstep.finish(index)
         return output.logits
+
+
+def _return_memory() -> None:
+    """Give the freed layer back to the system.
+
+    The C library keeps freed blocks in one arena per thread, and layers are loaded by ever new
+    threads; without this a walk would grow with the number of layers (Linux; elsewhere a no-op).
+    """
+    if _MALLOC_TRIM is not None:
+        _MALLOC_TRIM(0)
 
 
 def default_workers(device: torch.device) -> int:

@@ -1,0 +1,123 @@
+"""Tiny models that can read text, and slow but obvious ways to look inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from families import VOCABULARY, experts_modules, save_tiny, token_ids
+from moeprune.models import data
+from moeprune.pipeline import stages
+from support import layer_of
+
+LENGTH = 32
+SEQUENCES = 24
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text whose words are token numbers; the tokenizer that ``readable`` adds reads them."""
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    ids = token_ids(1, LENGTH * (SEQUENCES + 16), seed=5)[0].tolist()
+    file.write_text(" ".join(f"t{i}" for i in ids), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def text(words: Path) -> stages.Text:
+    return stages.Text(sources=(str(words),), sequences=SEQUENCES, length=LENGTH, seed=1)
+
+
+def readable(directory: Path) -> Path:
+    """Add a tokenizer of the words t0, t1, ... to a checkpoint."""
+    plain = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    plain.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="t1").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a family's tiny checkpoint with a tokenizer; tests must not write there."""
+    saved: dict[str, Path] = {}
+
+    def get(model_type: str) -> Path:
+        if model_type not in saved:
+            saved[model_type] = readable(save_tiny(model_type, tmp_path_factory.mktemp(model_type)))
+        return saved[model_type]
+
+    return get
+
+
+def calibration_ids(model: Path, text: stages.Text) -> Tensor:
+    """The token ids [N, L] that calibration reads."""
+    checkpoint = stages.Checkpoint.open(model)
+    return torch.cat([domain.ids_NL for domain in stages.read_calibration(checkpoint, text)])
+
+
+@contextmanager
+def batch_of(monkeypatch: pytest.MonkeyPatch, tokens: int) -> Iterator[None]:
+    """Walks in batches of about ``tokens`` tokens."""
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "TOKENS_PER_BATCH", tokens)
+        yield
+
+
+@dataclass
+class Seen:
+    """What one experts module was called with and what it gave back, over all forwards."""
+
+    x_TH: list[Tensor] = field(default_factory=list)
+    index_TK: list[Tensor] = field(default_factory=list)
+    gate_TK: list[Tensor] = field(default_factory=list)
+    y_TH: list[Tensor] = field(default_factory=list)
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return tuple(  # type: ignore[return-value]
+            torch.cat(part) for part in (self.x_TH, self.index_TK, self.gate_TK, self.y_TH)
+        )
+
+
+def watch(model: PreTrainedModel, ids_NL: Tensor) -> dict[int, Seen]:
+    """Run the whole model, note what every experts module saw, by layer."""
+    seen: dict[int, Seen] = {}
+    handles = []
+    for name, module in experts_modules(model).items():
+        entry = seen.setdefault(layer_of(name), Seen())
+
+        def note(_: Any, args: tuple[Tensor, ...], output: Tensor, entry: Seen = entry) -> None:
+            entry.x_TH.append(args[0].clone())
+            entry.index_TK.append(args[1].clone())
+            entry.gate_TK.append(args[2].float().clone())
+            entry.y_TH.append(output.clone())
+
+        handles.append(module.register_forward_hook(note))
+    with torch.no_grad():
+        for ids_L in ids_NL:
+            model(ids_L[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def experts_of(model: PreTrainedModel, layer: int) -> Any:
+    """The experts module of one layer."""
+    return next(m for n, m in experts_modules(model).items() if layer_of(n) == layer)
+
+
+def hidden_and_output(experts: Any, expert: int, x_nH: Tensor) -> tuple[Tensor, Tensor]:
+    """act(G x) * (U x) and D of it, for experts without biases stored as [out, in]."""
+    gate_nI, up_nI = (x_nH @ experts.gate_up_proj[expert].T).chunk(2, dim=1)
+    h_nI = torch.nn.functional.silu(gate_nI) * up_nI
+    return h_nI, h_nI @ experts.down_proj[expert].T
