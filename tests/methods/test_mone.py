@@ -26,8 +26,9 @@ from methods.conftest import (
 from moeprune.core.accumulators import Outputs, Routing
 from moeprune.core.budget import Budget
 from moeprune.core.method import Context, LayerView
-from moeprune.core.plan import LayerPlan, Plan
+from moeprune.core.plan import LayerPlan
 from moeprune.core.shapes import LayerShape
+from moeprune.errors import PlanError
 from moeprune.methods.mone import MoNE
 from moeprune.models.runtime import load
 from moeprune.models.store import StatisticsStore
@@ -154,11 +155,11 @@ def test_outputs_that_are_not_finite_are_replaced_first_with_a_warning() -> None
 
 
 def layered_views() -> list[LayerView]:
-    """Three layers whose outputs grow by a factor of ten."""
+    """Three layers whose outputs grow by a factor of ten; not all of their experts are used."""
     views = []
-    for layer in range(3):
+    for layer, never in enumerate(([1, 2, 3, 4], [], [5])):
         shape = replace(SMALL, layer=layer)
-        rows = random_rows(shape, 200, seed=layer)
+        rows = random_rows(shape, 200, seed=layer, never=never)
         views.append(view_of(shape, collected(shape, replace(rows, f_TEH=rows.f_TEH * 10**layer))))
     return views
 
@@ -181,14 +182,25 @@ def test_global_scope_ranks_scores_divided_by_their_layers_mean(budget: Budget) 
     assert sum(len(plan.replaced) for plan in plans.values()) == 3 * each
 
 
-def test_global_scope_is_no_layer_scope_and_ignores_the_scale_of_a_layer() -> None:
+def test_global_scope_is_not_layer_scope() -> None:
     views = layered_views()
     budget = Context(Budget(ratio=0.5))
     plans = MoNE(scope="global").plan_model(views, budget)
-    assert {len(plan.replaced) for plan in plans.values()} != {3}
+    assert len(plans[0].replaced) == 4  # all that nobody used
     assert {len(p.replaced) for p in MoNE().plan_model(views, budget).values()} == {3}
     for plan in plans.values():
         assert plan.novices_NH is not None and len(plan.novices_NH) == len(plan.replaced)
+
+
+def test_global_scope_leaves_every_layer_an_expert_unless_none_is_kept() -> None:
+    silent = random_rows(SMALL, 200)
+    silent.f_TEH.zero_()
+    views = [view_of(SMALL, collected(SMALL, silent, needs=MoNE.needs)), *layered_views()[1:]]
+    plans = MoNE(scope="global").plan_model(views, Context(Budget(ratio=0.5)))
+    assert len(plans[0].replaced) == 5
+    assert sum(len(plan.replaced) for plan in plans.values()) == 9
+    plans = MoNE(scope="global").plan_model(views, Context(Budget(keep=0)))
+    assert [len(plan.replaced) for plan in plans.values()] == [6, 6, 6]
 
 
 # on real models -----------------------------------------------------------------------------------
@@ -308,23 +320,39 @@ def test_keeping_all_is_no_change(
 
 
 @pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss"])
-def test_keeping_none_is_allowed(
-    model_type: str, tiny: Callable[[str], Path], statistics: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("keep", [1, 5])
+def test_an_applied_plan_computes_what_it_says(
+    model_type: str,
+    keep: int,
+    tiny: Callable[[str], Path],
+    statistics: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
-    """Per-expert and fused checkpoints: every expert becomes a constant, routing stays."""
+    """Per-expert and fused checkpoints; fewer experts than top-k may keep their weights."""
     model = tiny(model_type)
-    plan = stages.plan(model, "mone", Budget(keep=0), statistics(model_type))
-    sizes = stages.apply(model, plan, tmp_path / "out")
-    assert sizes.experts == (32, 0)
+    plan = stages.plan(model, "mone", Budget(keep=keep), statistics(model_type))
+    assert stages.apply(model, plan, tmp_path / "out").experts == (32, 4 * keep)
     after = aligned(load(tmp_path / "out", dtype=torch.float32))
     before = open_stock(model)
     vectors = {}
     for index, layer in plan.layers.items():
-        assert layer.novices_NH is not None and layer.keep == ()
-        vectors[index] = dict(enumerate(layer.novices_NH))
+        assert layer.novices_NH is not None
+        vectors[index] = dict(zip(layer.replaced, layer.novices_NH, strict=True))
     with outputs_replaced(before, vectors):
         expected = logits(before)
     torch.testing.assert_close(logits(after), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_keeping_none_can_be_planned_but_is_no_checkpoint(
+    tiny: Callable[[str], Path], statistics: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plan = stages.plan(tiny("olmoe"), "mone", Budget(keep=0), statistics("olmoe"))
+    for layer in plan.layers.values():
+        assert layer.keep == () and layer.replaced == tuple(range(8))
+        assert layer.novices_NH is not None and layer.novices_NH.shape == (8, 32)
+    with pytest.raises(PlanError, match="layer 0: all experts are replaced"):
+        stages.apply(tiny("olmoe"), plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_batches_make_no_difference(

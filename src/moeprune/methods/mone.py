@@ -30,7 +30,8 @@ class MoNE(Method):
             mean gate of the tokens routed to the expert (the paper's formula), ``count`` the
             fraction of tokens routed to it.
         scope: ``layer`` replaces the same number in every layer; ``global`` ranks all experts
-            together, phi divided by its layer's mean, since outputs grow with depth.
+            together, phi divided by its layer's mean, since outputs grow with depth; the best
+            expert of a layer is replaced only if all are.
     """
 
     name: ClassVar[str] = "mone"
@@ -62,13 +63,15 @@ class MoNE(Method):
             finite = [score for score in scores if math.isfinite(score)]
             mean = sum(finite) / max(1, len(finite)) or 1.0
             total += experts_to_remove(context.budget, view.shape)
-            ranked += [
-                (-math.inf if math.isnan(score) else score / mean, count, view.shape.layer, expert)
+            layer = sorted(
+                (-math.inf if math.isnan(score) else score / mean, count, expert)
                 for expert, (score, count) in enumerate(zip(scores, counts, strict=True))
-            ]
+            )
+            # a checkpoint needs one expert with weights per layer: the best of each ranks last
+            ranked += [(key is layer[-1], *key[:2], view.shape.layer, key[2]) for key in layer]
         chosen: dict[int, list[int]] = {}
-        for _, _, layer, expert in sorted(ranked)[:total]:
-            chosen.setdefault(layer, []).append(expert)
+        for *_, index, expert in sorted(ranked)[:total]:
+            chosen.setdefault(index, []).append(expert)
         plans = {}
         for view in views:
             replaced = sorted(chosen.get(view.shape.layer, []))

@@ -1,19 +1,20 @@
 """One parked thread per batch: the model's own forward, stopped at every decoder layer.
 
 Each batch runs ``model.forward`` in a thread of its own, which stops when it reaches a decoder
-layer, waits until that layer's weights are in memory, runs it, and goes on to the next. Masks,
-position inputs, states that pass between layers, final norm and head are therefore the model's own
-doing, whatever the family does between its layers.
+layer, waits until that layer has been computed, and goes on to the next. Masks, position inputs,
+states that pass between layers, final norm and head are therefore the model's own doing, whatever
+the family does between its layers.
 
-On the CPU each thread computes with one core and several threads run at once. A batch's numbers
-then do not depend on how many run beside it, which makes results the same on any number of cores.
+The layers themselves are computed by a few worker threads: matrix libraries keep buffers for every
+thread that ever multiplied. On the CPU each thread computes with one core, so a batch's numbers do
+not depend on how many run beside it, and results are the same on any number of cores.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from enum import Enum, auto
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
@@ -21,12 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from moeprune.models.observe import Collector, collecting
-
-
-class _Command(Enum):
-    RUN = auto()  # run the layer (again) and stay
-    ADVANCE = auto()  # hand the output on and stop at the next layer
-    ABORT = auto()
 
 
 class _Aborted(BaseException):
@@ -39,13 +34,13 @@ class Job(threading.Thread):
     def __init__(self, index: int, call: Callable[[], Any], done: SimpleQueue[Job]) -> None:
         super().__init__(daemon=True, name=f"moeprune-batch-{index}")
         self.index = index
-        self.at = -1
         self.output: Any = None
         self.error: BaseException | None = None
         self.collector: Collector | None = None
         self._call = call
         self._done = done
-        self._commands: SimpleQueue[_Command] = SimpleQueue()
+        self._layer: Callable[[], Any] | None = None
+        self._go_on: SimpleQueue[bool] = SimpleQueue()
 
     def run(self) -> None:
         """The thread: the model's forward."""
@@ -57,27 +52,27 @@ class Job(threading.Thread):
             pass
         except BaseException as error:
             self.error = error
-        self.at = -2
         self._done.put(self)
 
-    def stop_at(self, index: int, layer: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Called in the thread in place of a decoder layer's forward."""
-        self.at = index
+    def stop_at(self, layer: Callable[[], Any]) -> Any:
+        """Called in this thread in place of a decoder layer: wait for its output."""
+        self._layer = layer
         self._done.put(self)
-        while True:
-            command = self._commands.get()
-            if command is _Command.ABORT:
-                raise _Aborted
-            if command is _Command.ADVANCE:
-                output, self.output = self.output, None
-                return output
-            with collecting(self.collector):
-                self.output = layer(*args, **kwargs)
-            self._done.put(self)
+        if not self._go_on.get():
+            raise _Aborted
+        output, self.output = self.output, None
+        return output
 
-    def command(self, command: _Command) -> None:
-        """Tell the parked thread what to do."""
-        self._commands.put(command)
+    def compute(self) -> None:
+        """Run the layer at which this batch stands, in the caller's thread."""
+        assert self._layer is not None, "the batch has passed its last layer"
+        with torch.no_grad(), collecting(self.collector):
+            self.output = self._layer()
+
+    def go_on(self, wanted: bool = True) -> None:
+        """Let the thread continue with the layer's output, or end it."""
+        self._layer = None
+        self._go_on.put(wanted)
 
 
 class _Current(threading.local):
@@ -110,29 +105,33 @@ class Lockstep:
         self._threads_before = torch.get_num_threads()
         self.jobs = [Job(i, self._caller(model, kw), self._done) for i, kw in enumerate(inputs)]
         self._one_core = all(not t.is_cuda for kw in inputs for t in kw.values())
-        for i, layer in enumerate(layers):
-            layer.forward = self._gate(i, layer.forward)
+        self._pool = ThreadPoolExecutor(workers, "moeprune-worker", self._prepare_thread)
+        for layer in layers:
+            layer.forward = self._gate(layer.forward)
         try:
-            self._each(lambda job: job.start())  # to the first layer: embeddings, masks
+            self._each(Job.start)  # to the first layer: embeddings, masks
         except BaseException:
             self.close()
             raise
 
     def _caller(self, model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Any]:
         def call() -> Any:
-            if self._one_core:
-                torch.set_num_threads(1)
+            self._prepare_thread()
             return model(**inputs, use_cache=False)
 
         return call
 
+    def _prepare_thread(self) -> None:
+        if self._one_core:
+            torch.set_num_threads(1)
+
     @staticmethod
-    def _gate(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _gate(forward: Callable[..., Any]) -> Callable[..., Any]:
         def gated(*args: Any, **kwargs: Any) -> Any:
             job = _CURRENT.job
             if job is None:
                 return forward(*args, **kwargs)
-            return job.stop_at(index, forward, args, kwargs)
+            return job.stop_at(lambda: forward(*args, **kwargs))
 
         return gated
 
@@ -148,20 +147,22 @@ class Lockstep:
             finished: called in order of batches.
         """
 
-        def start(job: Job) -> None:
+        def compute(job: Job) -> Job:
             job.collector = None if collect is None else collect(job.index)
-            job.command(_Command.RUN)
+            job.compute()
+            return job
 
-        self._each(start, finished)
+        for job in self._pool.map(compute, self.jobs):
+            finished(job)
 
     def advance(self, finished: Callable[[Job], None] = lambda job: None) -> None:
         """Hand the outputs on: to the next layer, or through norm and head to the end."""
-        self._each(lambda job: job.command(_Command.ADVANCE), finished)
+        self._each(Job.go_on, finished)
 
     def finish(self, index: int) -> Any:
         """Let one batch that stands at the last layer run to the end; its output."""
         job = self.jobs[index]
-        job.command(_Command.ADVANCE)
+        job.go_on()
         job.join()
         if job.error is not None:
             raise job.error
@@ -195,8 +196,9 @@ class Lockstep:
 
     def close(self) -> None:
         """End all threads and give the layers their own forward back."""
+        self._pool.shutdown(cancel_futures=True)
         for job in self.jobs:
-            job.command(_Command.ABORT)
+            job.go_on(False)
         for job in self.jobs:
             if job.is_alive():
                 job.join()
