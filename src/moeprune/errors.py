@@ -1,4 +1,4 @@
-"""The errors that a user can cause; the command line prints them in one or two lines and exits 2."""
+"""Errors that a user can mend; the command line prints them in one or two lines and exits 2."""
 
 from __future__ import annotations
 

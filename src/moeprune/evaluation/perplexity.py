@@ -18,7 +18,8 @@ from torch import Tensor
 
 from moeprune.errors import DataError
 from moeprune.models.data import Domain, token_keys
-from moeprune.models.loading import LayeredModel, text_config
+from moeprune.models.loading import LayeredModel
+from moeprune.models.native import text_config
 from moeprune.models.walk import Batch, Walk, default_workers
 
 _LOGITS_PER_BATCH = 1 << 25  # values, of one model
@@ -161,7 +162,7 @@ def evaluate(
 
 
 def _rows(models: Mapping[str, LayeredModel], domain: Domain) -> int:
-    vocabularies = {text_config(model.config).vocab_size for model in models.values()}
+    vocabularies: set[int] = {text_config(model.config).vocab_size for model in models.values()}
     if len(vocabularies) > 1:
         raise DataError(f"teacher and student have different vocabularies: {sorted(vocabularies)}")
     tokens = min(_TOKENS_PER_BATCH, _LOGITS_PER_BATCH // vocabularies.pop())

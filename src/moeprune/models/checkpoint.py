@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from moeprune.errors import CheckpointError
@@ -291,14 +293,11 @@ def _from_hub(name: str) -> Path:
             f"not a model directory: {name} does not exist",
             "give a directory with config.json and *.safetensors, a hub id, or demo",
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{name} is neither a local directory nor a model that could be fetched",
-            f"({type(error).__name__}) check the name, or download the model and give its directory",
+            f"({type(error).__name__}) check the name, or give the directory of a downloaded model",
         ) from error

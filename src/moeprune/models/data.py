@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from moeprune.errors import DataError
 from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.loading import quiet_transformers
+from moeprune.models.native import quiet_transformers
 from moeprune.models.walk import Batch
 
 TOKENS_PER_BATCH = 4096
@@ -84,8 +84,8 @@ def read_documents(file: Path) -> Iterator[str]:
     """
     suffixes = file.suffixes
     try:
-        opened = gzip.open(file, "rt", encoding="utf-8") if suffixes[-1:] == [".gz"] else None
-        with opened or file.open(encoding="utf-8") as lines:
+        opener = gzip.open if suffixes[-1:] == [".gz"] else open
+        with opener(file, "rt", encoding="utf-8") as lines:
             if ".jsonl" not in suffixes:
                 yield lines.read()
                 return

@@ -17,7 +17,8 @@ from moeprune.errors import UnsupportedModelError
 from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.loading import LayeredModel
-from moeprune.models.sites import MoESite, text_config
+from moeprune.models.native import text_config
+from moeprune.models.sites import MoESite
 
 _EXPERT_INDEX = re.compile(r"(?P<head>.*experts\.)(?P<expert>\d+)(?P<tail>\..*)")
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -26,47 +23,15 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
 from moeprune.models.runtime import novice_class
-from moeprune.models.sites import MoESite, find_sites, is_experts, text_config
+from moeprune.models.sites import MoESite, find_sites, is_experts
 
 RESIDENT = -1
 """Key of the tensors outside the decoder layers: embeddings, final norm, head."""
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No advice and no progress bars from transformers: both would be one per layer."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def read_config(checkpoint: Checkpoint) -> Any:
-    """The transformers configuration of a checkpoint; remote code never runs.
-
-    Raises:
-        UnsupportedModelError: transformers does not know the architecture.
-    """
-    try:
-        return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        kind = checkpoint.config.get("model_type", "without model_type")
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(
-            f"transformers cannot read the configuration of {checkpoint.path} (model {kind!r})",
-            first[:200],
-        ) from error
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -77,14 +42,6 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         model: nn.Module = cls._from_config(config, dtype=dtype).eval()
     return model
-
-
-def native_class(config: Any) -> Any:
-    """transformers' own class for a causal language model of this configuration."""
-    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if cls is None:
-        raise UnsupportedModelError(f"{config.model_type} is not a causal language model")
-    return cls[0] if isinstance(cls, (list, tuple)) else cls
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -139,7 +96,7 @@ class LayeredModel:
         stored = getattr(text_config(self.config), "dtype", None) or torch.float32
         self.dtype = dtype or stored
         self.device = torch.device(device)
-        self.model = skeleton(self.config, self.dtype)
+        self.model: Any = skeleton(self.config, self.dtype)
         self.prefix, self.layers = find_layers(self.model)
         self.sites: dict[int, MoESite] = find_sites(self.model, self.prefix)
         self._mapping = get_model_conversion_mapping(self.model, None, None)

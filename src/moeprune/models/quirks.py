@@ -6,7 +6,8 @@ EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "mo
 """config.json keys that hold E, whichever a vendor uses."""
 
 TOP_K_KEYS = (
-    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts",
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k",
+    "top_k_experts",
 )  # fmt: skip
 """config.json keys that hold K."""
 
@@ -20,13 +21,13 @@ PER_EXPERT_NAMES = (
 ``weight`` has one row per expert. Any other router tensor of that size is refused."""
 
 REFUSED = {
-    "doge": "its experts are rows of embedding tables found by product keys, not feed-forward experts",
+    "doge": "its experts are rows of embeddings found by product keys, not networks",
     "jetmoe": "it routes attention experts as well, and its experts have their own layout",
     "dbrx": "its experts are stored as one matrix for all experts (planned)",
-    "llama4": "its router scales the experts' inputs and runs all experts on all tokens (planned)",
-    "llama4_text": "its router scales the experts' inputs and runs all experts on all tokens (planned)",
-    "longcat_flash": "its router has rows for identity experts and no common experts interface (planned)",
-    "zaya": "its router is a network of its own, and transformers resets its biases on load (planned)",
+    "llama4": "its router scales the experts' inputs, all experts run densely (planned)",
+    "llama4_text": "its router scales the experts' inputs, all experts run densely (planned)",
+    "longcat_flash": "its router has identity experts and no experts interface (planned)",
+    "zaya": "its router is a network, and transformers resets its biases (planned)",
 }
 """Model types whose experts are not pruned yet, with the reason that the user is told."""
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from moeprune.models import novice_runtime
 from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.sites import text_config
+from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
 
 RUNTIME_FILE = "moeprune_novices.py"
 MODELING_FILE = "modeling_moeprune.py"
@@ -61,8 +61,6 @@ def load(
         CheckpointError: not a checkpoint, or a damaged one.
         UnsupportedModelError: transformers does not know the architecture.
     """
-    from moeprune.models.loading import native_class, quiet_transformers, read_config
-
     checkpoint = Checkpoint.open(source)
     config = read_config(checkpoint)
     cls: Any = AutoModelForCausalLM

@@ -15,6 +15,7 @@ from torch import nn
 from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import UnsupportedModelError
 from moeprune.models import quirks
+from moeprune.models.native import text_config
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,6 @@ class MoESite:
 def is_experts(module: nn.Module) -> bool:
     """Whether a module follows the experts interface of transformers."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
-
-
-def text_config(config: Any) -> Any:
-    """The language model's part of a configuration."""
-    return config.get_text_config()
 
 
 def find_sites(model: nn.Module, layer_prefix: str) -> dict[int, MoESite]:
@@ -100,8 +96,8 @@ def _site(model: nn.Module, layer: int, name: str, experts: nn.Module, config: A
 
 def _shape(layer: int, experts: nn.Module, config: Any) -> LayerShape:
     down = experts.down_proj
-    E = int(down.shape[0])  # type: ignore[union-attr,index,arg-type]
-    a, b = (int(n) for n in down.shape[1:])  # type: ignore[union-attr,index]
+    E = int(down.shape[0])  # type: ignore[index]
+    a, b = (int(n) for n in down.shape[1:])  # type: ignore[index]
     hidden, intermediate = (b, a) if experts.is_transposed else (a, b)
     groups = getattr(config, "n_group", None) or 1
     if getattr(config, "topk_method", None) == "greedy":

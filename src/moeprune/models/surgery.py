@@ -23,7 +23,8 @@ from moeprune.files import json_bytes, new_directory, sha256_bytes
 from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import DiskTensor, expert_layout
-from moeprune.models.loading import LayeredModel, native_class
+from moeprune.models.loading import LayeredModel
+from moeprune.models.native import native_class
 from moeprune.models.runtime import MODELING_FILE, modeling_files
 from moeprune.models.sites import MoESite
 from moeprune.models.writer import Piece, computed, copied, given, sliced, write_shards

@@ -165,8 +165,8 @@ class Walk:
 
     def logits_of(self, index: int) -> Tensor:
         """Final norm and head of one batch, logits [B, L, V]; each batch can be asked for once."""
-        output = self._lockstep.finish(index)
-        return output.logits
+        logits: Tensor = self._lockstep.finish(index).logits
+        return logits
 
 
 def _return_memory() -> None:

@@ -87,7 +87,7 @@ def given(name: str, tensor: Tensor) -> Piece:
 
 def _raw(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # arrays are buffers
 
 
 def _read(file: Path, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes | memoryview]:

@@ -19,8 +19,8 @@ from moeprune.models.loading import LayeredModel
 from moeprune.models.store import StatisticsStore, versions, write_plan
 from moeprune.models.surgery import Sizes
 from moeprune.pipeline import stages
+from moeprune.pipeline.inputs import Compute, Progress, Text, read_heldout, silent
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
-from moeprune.pipeline.stages import Compute, Progress, Text
 from moeprune.report.html import render_report
 
 RESULT = "demo.json"
@@ -65,7 +65,7 @@ def demo(
     compute: Compute = Compute(dtype="bfloat16"),
     force: bool = False,
     command: str = "moeprune demo",
-    progress: Progress = stages.silent,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compress the embedded model in several ways; write checkpoints, plans and a report.
 
@@ -153,7 +153,7 @@ def _measure(
 
     scores = evaluate_models(
         models,
-        stages.read_heldout(Checkpoint.open(DEMO), heldout),
+        read_heldout(Checkpoint.open(DEMO), heldout),
         _ORIGINAL,
         compute.workers,
         lambda steps, total: progress("evaluating", steps, total),

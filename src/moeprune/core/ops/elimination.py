@@ -35,9 +35,9 @@ class Removal:
 def closest_pair_order(similarity_EE: ArrayLike, floor: int = 1, groups: int = 1) -> list[Removal]:
     """Return the removals, in order, that leave ``floor`` experts.
 
-    With ``groups`` > 1 (consecutive runs of experts of equal length) ``floor / groups`` remain in
-    each: once a group has come down to that, its experts stay, of a pair with one of them the other
-    goes, and pairs of two such experts are passed over. That rule is ours; the source has no groups.
+    With ``groups`` > 1 (consecutive runs of equal length) ``floor / groups`` remain in each:
+    once a group has come down to that, its experts stay; of a pair with one of them the other goes,
+    and pairs of two such experts are passed over.  That rule is ours; the source has no groups.
 
     Each step takes the largest entry (a, b) with a != b of the matrix of the survivors, the first
     in row-major order among equal ones, so a < b.  With c the row means of that same matrix, a is

@@ -1,0 +1,58 @@
+"""transformers' own classes and configurations, without advice, progress bars or remote code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from moeprune.errors import UnsupportedModelError
+from moeprune.models.checkpoint import Checkpoint
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No advice and no progress bars from transformers: both would be one per layer."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def read_config(checkpoint: Checkpoint) -> Any:
+    """The transformers configuration of a checkpoint; remote code never runs.
+
+    Raises:
+        UnsupportedModelError: transformers does not know the architecture.
+    """
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        kind = checkpoint.config.get("model_type", "without model_type")
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(
+            f"transformers cannot read the configuration of {checkpoint.path} (model {kind!r})",
+            first[:200],
+        ) from error
+
+
+def native_class(config: Any) -> Any:
+    """transformers' own class for a causal language model of this configuration."""
+    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if cls is None:
+        raise UnsupportedModelError(f"{config.model_type} is not a causal language model")
+    return cls[0] if isinstance(cls, (list, tuple)) else cls
+
+
+def text_config(config: Any) -> Any:
+    """The language model's part of a configuration."""
+    return config.get_text_config()

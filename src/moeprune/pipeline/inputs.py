@@ -1,0 +1,124 @@
+"""What every stage is told: which model, which text, where to compute, whom to tell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeprune.errors import DataError, MoepruneError
+from moeprune.models import data
+from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.loading import LayeredModel
+from moeprune.models.native import text_config
+
+Source = str | os.PathLike[str]
+Progress = Callable[[str, int, int], None]
+"""Called with (what, steps done, steps in all)."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What to read, for calibration or evaluation.
+
+    Attributes:
+        sources: ``name=path`` or ``path``; none takes the embedded text.
+        sequences: how many in all (calibration), or per domain (evaluation).
+        length: tokens per sequence; clipped to what the model was built for.
+        seed: of the draw.
+    """
+
+    sources: tuple[str, ...] = ()
+    sequences: int = 128
+    length: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how to compute.
+
+    Attributes:
+        device: a torch device.
+        dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
+        workers: batches that compute at once; 0 takes one per core.
+    """
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    workers: int = 0
+
+    def open(self, checkpoint: Checkpoint) -> LayeredModel:
+        """The model, ready to walk.
+
+        Raises:
+            MoepruneError: no such dtype or device.
+        """
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise MoepruneError(f"unknown dtype {self.dtype!r}", f"auto, {', '.join(DTYPES)}")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise MoepruneError(
+                f"device {self.device!r} cannot be used", "use --device cpu"
+            ) from error
+        return LayeredModel(checkpoint, DTYPES.get(self.dtype), device)
+
+
+def describe_model(model: LayeredModel, name: str) -> dict[str, Any]:
+    """The facts of a model that plans and statistics carry."""
+    shape = next(iter(model.sites.values())).shape
+    return {
+        "name": name,
+        "model_type": text_config(model.config).model_type,
+        "fingerprint": model.checkpoint.fingerprint,
+        "layers": len(model.layers),
+        "moe_layers": sorted(model.sites),
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+    }
+
+
+def model_name(source: Source) -> str:
+    """A short name for tables and plans."""
+    text = os.fspath(source)
+    return Path(text).resolve().name if Path(text).exists() else text
+
+
+def read_calibration(checkpoint: Checkpoint, text: Text) -> list[data.Domain]:
+    """Sequences for calibration.
+
+    Raises:
+        DataError: nothing to read, or less than one sequence.
+    """
+    sources = data.parse_sources(text.sources, "calibration")
+    domains = data.load_domains(data.load_tokenizer(checkpoint), sources, _length(checkpoint, text))
+    if text.sequences < 1:
+        raise DataError(f"--sequences must be at least 1 (got {text.sequences})")
+    return data.draw(domains, text.sequences, text.seed)
+
+
+def _length(checkpoint: Checkpoint, text: Text) -> int:
+    if text.length < 2:
+        raise DataError(f"--length must be at least 2 (got {text.length})")
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    limit = config.get("max_position_embeddings")
+    return min(text.length, limit) if isinstance(limit, int) else text.length
+
+
+def read_heldout(checkpoint: Checkpoint, text: Text) -> list[data.Domain]:
+    """Sequences for evaluation: ``text.sequences`` per domain from its beginning, 0 for all."""
+    sources = data.parse_sources(text.sources, "heldout")
+    tokenizer = data.load_tokenizer(checkpoint)
+    return data.load_domains(tokenizer, sources, _length(checkpoint, text), text.sequences or None)

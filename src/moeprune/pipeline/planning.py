@@ -1,0 +1,137 @@
+"""Plans: a method, a budget and what is known about the model become a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moeprune.core.budget import Budget
+from moeprune.core.method import Context, LayerView, Method, make_method
+from moeprune.core.plan import LayerPlan, Plan
+from moeprune.core.statistics import LayerStatistics
+from moeprune.errors import MoepruneError
+from moeprune.models import data
+from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout
+from moeprune.models.loading import LayeredModel
+from moeprune.models.sites import MoESite
+from moeprune.models.store import StatisticsStore, same_model, versions
+from moeprune.models.surgery import mask_in_memory
+from moeprune.pipeline.calibration import observe
+from moeprune.pipeline.inputs import (
+    Compute,
+    Progress,
+    Source,
+    Text,
+    describe_model,
+    model_name,
+    read_calibration,
+    silent,
+)
+
+
+def plan(
+    source: Source,
+    method: str | Method,
+    budget: Budget,
+    statistics: Path | None = None,
+    text: Text | None = None,
+    options: Mapping[str, Any] | None = None,
+    compute: Compute = Compute(),
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Plan:
+    """Decide what happens to every expert.
+
+    A method that scores on calibration text reads ``statistics``; one that edits a layer before
+    the next is observed (``sequential``) walks the model over ``text`` instead.
+
+    Raises:
+        MoepruneError: anything the user can mend.
+    """
+    chosen = method if isinstance(method, Method) else make_method(method, options)
+    chosen.accept(budget)
+    checkpoint = Checkpoint.open(source)
+    model = compute.open(checkpoint)
+    layout = expert_layout(model)
+    warnings: list[str] = []
+    context = Context(
+        budget, seed, warnings.append, lambda done, total, what: progress(what, done, total)
+    )
+    facts: dict[str, Any] = {}
+    store = None
+    if statistics is not None and chosen.needs and not chosen.sequential:
+        store = StatisticsStore.open(statistics)
+        same_model(store, checkpoint.fingerprint, model_name(source))
+        facts = store.summary
+    views = _Views(model, layout, store, progress)
+    if chosen.sequential:
+        layers, facts = _plan_sequentially(chosen, model, views, context, text, compute, progress)
+    else:
+        layers = chosen.plan_model(views, context)
+    result = Plan(
+        layers=layers,
+        method=chosen.name,
+        options=chosen.options(),
+        budget=budget.to_json(),
+        model=describe_model(model, model_name(source)),
+        statistics=facts,
+        seed=seed,
+        warnings=tuple(warnings),
+        versions=versions(),
+    )
+    result.check({index: site.shape for index, site in model.sites.items()})
+    return result
+
+
+def _plan_sequentially(
+    method: Method,
+    model: LayeredModel,
+    views: _Views,
+    context: Context,
+    text: Text | None,
+    compute: Compute,
+    progress: Progress,
+) -> tuple[dict[int, LayerPlan], dict[str, Any]]:
+    if text is None:
+        raise MoepruneError(
+            f"{method.name} edits each layer before it observes the next, so it walks the model",
+            "give calibration text (--data), or -o propagate=dense with --statistics",
+        )
+    domains = read_calibration(model.checkpoint, text)
+    layers: dict[int, LayerPlan] = {}
+
+    def visit(site: MoESite, statistics: LayerStatistics) -> bool:
+        layer = method.plan_layer(views.view(site, statistics), context)
+        layers[site.shape.layer] = layer
+        mask_in_memory(site, layer)
+        return True
+
+    observe(model, domains, compute, method.needs, visit, progress)
+    described = {**data.describe(domains), "seed": text.seed}
+    return layers, {"data": described, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+class _Views:
+    """One ``LayerView`` after another; can be iterated more than once."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        layout: Mapping[str, DiskTensor],
+        store: StatisticsStore | None,
+        progress: Progress,
+    ) -> None:
+        self._model, self._layout, self._store = model, dict(layout), store
+        self._progress = progress
+
+    def view(self, site: MoESite, statistics: LayerStatistics | None) -> LayerView:
+        experts = DiskExperts(self._model.checkpoint, self._layout, site)
+        return LayerView(site.shape, statistics, experts)
+
+    def __iter__(self) -> Iterator[LayerView]:
+        for number, (index, site) in enumerate(sorted(self._model.sites.items())):
+            statistics = None if self._store is None else self._store.layer(index)
+            yield self.view(site, statistics)
+            self._progress("planning", number + 1, len(self._model.sites))
