@@ -1,3 +1,89 @@
-"""moeprune"""
+"""moeprune: make Mixture-of-Experts language models smaller, from disk, and prove what was lost.
+
+The stages are functions with the same names as the commands::
+
+    import moeprune
+
+    moeprune.calibrate("demo", "stats", moeprune.Text(sequences=120, length=512))
+    plan = moeprune.plan("demo", "mone", moeprune.Budget(ratio=0.5), "stats")
+    moeprune.apply("demo", plan, "smaller")
+    moeprune.evaluate("smaller", teacher="demo")
+    model = moeprune.load("smaller")
+
+Names are imported when they are first used, so that ``import moeprune`` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Budget": "moeprune.core.budget",
+    "Compute": "moeprune.pipeline.inputs",
+    "LayerPlan": "moeprune.core.plan",
+    "MaskEdit": "moeprune.core.plan",
+    "Method": "moeprune.core.method",
+    "MoepruneError": "moeprune.errors",
+    "Plan": "moeprune.core.plan",
+    "Text": "moeprune.pipeline.inputs",
+    "apply": "moeprune.pipeline.stages",
+    "calibrate": "moeprune.pipeline.calibration",
+    "evaluate": "moeprune.pipeline.stages",
+    "inspect": "moeprune.pipeline.inspection",
+    "load": "moeprune.models.runtime",
+    "merge_statistics": "moeprune.models.store",
+    "plan": "moeprune.pipeline.planning",
+    "prune": "moeprune.pipeline.stages",
+    "read_plan": "moeprune.models.store",
+    "register": "moeprune.core.method",
+    "write_plan": "moeprune.models.store",
+}
+
+__all__ = [
+    "Budget",
+    "Compute",
+    "LayerPlan",
+    "MaskEdit",
+    "Method",
+    "MoepruneError",
+    "Plan",
+    "Text",
+    "__version__",
+    "apply",
+    "calibrate",
+    "evaluate",
+    "inspect",
+    "load",
+    "merge_statistics",
+    "plan",
+    "prune",
+    "read_plan",
+    "register",
+    "write_plan",
+]
+
+if TYPE_CHECKING:
+    from moeprune.core.budget import Budget
+    from moeprune.core.method import Method, register
+    from moeprune.core.plan import LayerPlan, MaskEdit, Plan
+    from moeprune.errors import MoepruneError
+    from moeprune.models.runtime import load
+    from moeprune.models.store import merge_statistics, read_plan, write_plan
+    from moeprune.pipeline.calibration import calibrate
+    from moeprune.pipeline.inputs import Compute, Text
+    from moeprune.pipeline.inspection import inspect
+    from moeprune.pipeline.planning import plan
+    from moeprune.pipeline.stages import apply, evaluate, prune
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

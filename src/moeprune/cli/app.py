@@ -389,7 +389,7 @@ def methods(as_json: AsJson = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for everything.")] = Path("demo-out"),
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "float32",
     workers: Workers = 0,
     force: Force = False,
     as_json: AsJson = False,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,6 +23,7 @@ from rich.table import Table
 
 ERR = Console(stderr=True, highlight=False)
 OUT = Console(highlight=False)
+_TABLE_WIDTH = 132
 
 
 def print_json(value: Any) -> None:
@@ -87,12 +89,13 @@ def _text(value: Any) -> str:
 
 def print_rows(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     """A table whose columns are the keys of the first row."""
-    table = Table(title=title, title_justify="left", pad_edge=False)
+    table = Table(title=title, title_justify="left", pad_edge=False, box=SIMPLE)
     for number, key in enumerate(rows[0]):
         table.add_column(key, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row.values())
-    OUT.print(table)
+    # a table is read whole or not at all: rather wide lines than columns of dots
+    Console(highlight=False, width=max(OUT.width, _TABLE_WIDTH)).print(table)
 
 
 def run_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -103,7 +103,6 @@ def evaluate(
     teacher: str | None = None,
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    walked: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Evaluation]:
     """Measure all ``models`` on the same sequences.
 
@@ -115,7 +114,6 @@ def evaluate(
         teacher: the name of the one that the others are compared with, if any.
         workers: as in ``Walk``.
         progress: told (steps done, steps in all).
-        walked: told the name of a model whose layers are done.
 
     Raises:
         DataError: vocabularies of teacher and student differ.
@@ -141,7 +139,6 @@ def evaluate(
             walks[name].layers()
             results[name].seconds = time.perf_counter() - start
             before += own
-            walked(name)
 
         def score(index: int) -> dict[str, DomainScore]:
             if batches[index].ids_BL.device.type == "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from moeprune.files import (
     write_atomic,
 )
 
+PathLike = str | os.PathLike[str]
 STATISTICS_FORMAT = "moeprune.statistics/1"
 MANIFEST = "manifest.json"
 
@@ -140,13 +142,15 @@ def writing_statistics(
         (work / MANIFEST).write_bytes(json_bytes(manifest))
 
 
-def merge_statistics(sources: Sequence[Path], out: Path, force: bool = False) -> StatisticsStore:
+def merge_statistics(
+    sources: Sequence[PathLike], out: PathLike, force: bool = False
+) -> StatisticsStore:
     """Add up statistics of the same model over different text, exactly.
 
     Raises:
         DataError: different models, dtypes or accumulators.
     """
-    stores = [StatisticsStore.open(path) for path in sources]
+    stores = [StatisticsStore.open(Path(path)) for path in sources]
     first = stores[0].manifest
     for store in stores[1:]:
         for key in ("model", "dtype", "collect"):
@@ -172,17 +176,18 @@ def merge_statistics(sources: Sequence[Path], out: Path, force: bool = False) ->
         "dtype": first["dtype"],
         "collect": first["collect"],
     }
-    with writing_statistics(out, header, force) as save_layer:
+    with writing_statistics(Path(out), header, force) as save_layer:
         for index in stores[0].layers:
             total = stores[0].layer(index)
             for store in stores[1:]:
                 total.merge(store.layer(index))
             save_layer(total)
-    return StatisticsStore.open(out)
+    return StatisticsStore.open(Path(out))
 
 
-def write_plan(plan: Plan, path: Path, force: bool = False) -> None:
+def write_plan(plan: Plan, path: PathLike, force: bool = False) -> None:
     """Write ``path`` (JSON) and, if the plan has vectors, a safetensors file beside it."""
+    path = Path(path)
     vectors_path = path.with_suffix(".safetensors")
     tensors = plan.vectors()
     refuse_existing(path, force)
@@ -199,12 +204,13 @@ def write_plan(plan: Plan, path: Path, force: bool = False) -> None:
         raise
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: PathLike) -> Plan:
     """Read a plan and its vectors.
 
     Raises:
         PlanError: not a plan, or its vectors are missing or not its own.
     """
+    path = Path(path)
     if path.is_dir():
         path = path / "plan.json"
     try:

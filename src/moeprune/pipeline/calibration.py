@@ -29,7 +29,7 @@ from moeprune.pipeline.inputs import (
 
 def calibrate(
     source: Source,
-    out: Path,
+    out: Source,
     text: Text = Text(),
     collect: Sequence[str] = LIGHT,
     compute: Compute = Compute(),
@@ -41,6 +41,7 @@ def calibrate(
     Raises:
         MoepruneError: anything the user can mend; nothing is left behind.
     """
+    out = Path(out)
     refuse_existing(out, force)
     checkpoint = Checkpoint.open(source)
     model = compute.open(checkpoint)

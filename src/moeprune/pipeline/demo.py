@@ -62,7 +62,7 @@ def demo(
     cells: Sequence[Cell] = CELLS,
     text: Text = Text(sequences=120, length=512),
     heldout: Text = Text(sequences=32, length=256),
-    compute: Compute = Compute(dtype="bfloat16"),
+    compute: Compute = Compute(dtype="float32"),
     force: bool = False,
     command: str = "moeprune demo",
     progress: Progress = silent,
@@ -139,25 +139,17 @@ def _compress(cell: Cell, work: Path, compute: Compute, progress: Progress) -> _
 def _measure(
     done: dict[str, _Done], work: Path, heldout: Text, compute: Compute, progress: Progress
 ) -> dict[str, Evaluation]:
-    """All models on the same held-out windows; peak memory is that of each one's walk."""
+    """All models on the same held-out windows."""
     models = {
         name: compute.open(Checkpoint.open(DEMO if name == _ORIGINAL else work / name))
         for name in done
     }
-    reset_peak_memory()
-
-    def walked(name: str) -> None:
-        peaks = [peak for peak in (done[name].peak, peak_memory()) if peak is not None]
-        done[name].peak = max(peaks, default=None)
-        reset_peak_memory()
-
     scores = evaluate_models(
         models,
         read_heldout(Checkpoint.open(DEMO), heldout),
         _ORIGINAL,
         compute.workers,
         lambda steps, total: progress("evaluating", steps, total),
-        walked,
     )
     for name, evaluation in scores.items():
         done[name].seconds["evaluate"] = evaluation.seconds

@@ -35,7 +35,7 @@ def plan(
     source: Source,
     method: str | Method,
     budget: Budget,
-    statistics: Path | None = None,
+    statistics: Source | None = None,
     text: Text | None = None,
     options: Mapping[str, Any] | None = None,
     compute: Compute = Compute(),
@@ -62,7 +62,7 @@ def plan(
     facts: dict[str, Any] = {}
     store = None
     if statistics is not None and chosen.needs and not chosen.sequential:
-        store = StatisticsStore.open(statistics)
+        store = StatisticsStore.open(Path(statistics))
         same_model(store, checkpoint.fingerprint, model_name(source))
         facts = store.summary
     views = _Views(model, layout, store, progress)

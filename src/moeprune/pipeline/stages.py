@@ -51,8 +51,8 @@ __all__ = [
 
 def apply(
     source: Source,
-    plan_or_path: Plan | Path,
-    out: Path,
+    plan_or_path: Plan | Source,
+    out: Source,
     force: bool = False,
     progress: Progress = silent,
 ) -> Sizes:
@@ -61,9 +61,10 @@ def apply(
     Raises:
         MoepruneError: the plan does not fit the model, or the output cannot be written.
     """
+    out = Path(out)
     refuse_existing(out, force)
     checkpoint = Checkpoint.open(source)
-    chosen = plan_or_path if isinstance(plan_or_path, Plan) else read_plan(plan_or_path)
+    chosen = plan_or_path if isinstance(plan_or_path, Plan) else read_plan(Path(plan_or_path))
     if out.resolve() == checkpoint.path:
         raise PlanError("the output is the model itself", "choose another --out")
     return apply_plan(
@@ -92,10 +93,10 @@ def prune(
     source: Source,
     method: str | Method,
     budget: Budget,
-    out: Path,
+    out: Source,
     text: Text = Text(),
     options: Mapping[str, Any] | None = None,
-    statistics: Path | None = None,
+    statistics: Source | None = None,
     compute: Compute = Compute(),
     seed: int = 0,
     force: bool = False,
@@ -106,7 +107,7 @@ def prune(
     Raises:
         MoepruneError: anything the user can mend; nothing is left behind.
     """
-    refuse_existing(out, force)
+    refuse_existing(Path(out), force)
     reset_peak_memory()
     chosen = method if isinstance(method, Method) else make_method(method, options)
     chosen.accept(budget)
