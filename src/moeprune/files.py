@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,43 @@ from moeprune.errors import MoepruneError, OutputError
 _CHUNK = 1 << 22
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise ``OutputError`` if ``path`` exists and ``force`` was not given.
+def refuse_existing(path: Path, force: bool, directory: bool = True) -> None:
+    """Raise ``OutputError`` if ``path`` exists and ``force`` was not given, or cannot be made.
 
-    A directory is only ever replaced as a whole, so ``--force`` on one that holds something else
-    than our outputs (no ``config.json``, ``plan.json`` or ``manifest.json``) is refused as well.
+    ``force`` replaces a file by a file and a directory by a directory. A directory is only ever
+    replaced as a whole, so one that holds something else than an output of ours is refused.
+
+    Args:
+        path: the output.
+        force: whether an existing output may be replaced.
+        directory: whether the output is a directory, and not a file.
     """
     if not path.exists() and not path.is_symlink():
+        _refuse_parent(path)
         return
     if not force:
         raise OutputError(f"output exists: {path}", "choose another --out, or add --force")
+    if directory and path.is_file():
+        raise OutputError(
+            f"{path} is a file, and the output is a directory",
+            "remove it yourself, or choose another --out",
+        )
+    if not directory and path.is_dir():
+        raise OutputError(f"{path} is a directory, and the output is a file", "name a file in it")
     if path.is_dir() and any(path.iterdir()) and not _looks_like_ours(path):
         raise OutputError(
             f"--force would delete {path}, which does not look like an output of moeprune",
             "remove it yourself, or choose another --out",
         )
+
+
+def _refuse_parent(path: Path) -> None:
+    """Raise ``OutputError`` if ``path`` could not be made, so that it shows before the work."""
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise OutputError(f"cannot write {path}: {parent} is a file", "choose another --out")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: no permission to write in {parent}")
 
 
 def _looks_like_ours(path: Path) -> bool:
@@ -59,22 +81,38 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"disk full while writing {path}; nothing was kept",
-                "free some space or choose another --out",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise OutputError(f"cannot write {path}: {error.strerror}") from error
-        raise
+            raise _disk_full(path) from error
+        culprit = f" ({error.filename})" if error.filename else ""
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}{culprit}", "nothing was kept"
+        ) from error
     except MoepruneError:
         raise
     except Exception as error:
         # safetensors reports a failed write as its own exception type that only carries text
         if "os error 28" in str(error) or "No space left" in str(error):
-            raise OutputError(
-                f"disk full while writing {path}; nothing was kept",
-                "free some space or choose another --out",
-            ) from error
+            raise _disk_full(path) from error
+        raise
+
+
+def _disk_full(path: Path) -> OutputError:
+    return OutputError(
+        f"disk full while writing {path}; nothing was kept",
+        "free some space or choose another --out",
+    )
+
+
+@contextmanager
+def _parents_of(path: Path) -> Iterator[None]:
+    """Make the missing parents of ``path``; if the block fails they are removed again."""
+    missing = [parent for parent in path.absolute().parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
         raise
 
 
@@ -85,14 +123,14 @@ def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
     Whatever goes wrong inside, ``path`` is as it was before and the temporary directory is gone.
     """
     refuse_existing(path, force)
-    with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _disk_errors(path), _parents_of(path):
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         try:
             yield work
             for entry in sorted(work.rglob("*")):
                 _fsync(entry)
             os.chmod(work, 0o755)
+            refuse_existing(path, force)  # hours may have passed
             _replace(work, path)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
@@ -119,20 +157,33 @@ def _replace(work: Path, path: Path) -> None:
 
 def write_atomic(path: Path, content: bytes, force: bool = False) -> None:
     """Write ``content`` to ``path`` through a temporary file in the same directory."""
-    refuse_existing(path, force)
-    with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    write_together({path: content}, force)
+
+
+def write_together(contents: Mapping[Path, bytes], force: bool = False) -> None:
+    """Write files of one directory: no old one is touched before all new ones are on the disk."""
+    for path in contents:
+        refuse_existing(path, force, directory=False)
+    written: dict[Path, str] = {}
+    path = next(iter(contents))
+    with _disk_errors(path), _parents_of(path):
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            for path, content in contents.items():
+                handle, written[path] = tempfile.mkstemp(
+                    prefix=f".{path.name}.", suffix=".partial", dir=path.parent
+                )
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.chmod(written[path], 0o644)
+            for path, name in written.items():
+                os.replace(name, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            for name in written.values():
+                Path(name).unlink(missing_ok=True)
             raise
+        _fsync(path.parent)
 
 
 def json_bytes(value: Any) -> bytes:

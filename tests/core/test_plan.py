@@ -226,6 +226,12 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "model": (without("model"), "plan: 'model' is missing"),
     "warnings": (lambda data: data.update(warnings=3), "plan: 'warnings' is missing or not list"),
     "format": (lambda data: data.update(format="x"), f"'format' is not '{FORMAT}'"),
+    "infinite option": (
+        lambda data: data["options"].update(x=math.inf),
+        "what JSON cannot: Out of",
+    ),
+    "infinite score": (set_layer(1, scores={"a": [math.nan]}), "what JSON cannot: Out of range"),
+    "half a character": (set_layer(1, notes=["\ud800"]), "what JSON cannot: .* surrogates"),
     "mask null": (set_layer(5, mask=None), r"layers\.5: 'mask' is missing or not dict"),
     "mask both": (set_mask(pattern="2:4"), "layer 5: a mask has either a ratio or a pattern"),
     "mask neither": (without("layers", "5", "mask", "ratio"), "either a ratio or a pattern"),

@@ -72,7 +72,7 @@ def plan_files(folder: Path, workers: int) -> dict[str, str]:
             "demo",
             method,
             Budget(ratio=0.5),
-            folder / "statistics",
+            None if run == "moe-pruner-pruned" else folder / "statistics",
             text,
             options,
             compute,

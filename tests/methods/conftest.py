@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from families import VOCABULARY, experts_modules, save_tiny, token_ids
 from moeprune.models import data
+from moeprune.models.checkpoint import Checkpoint
 from moeprune.pipeline import stages
+from moeprune.pipeline.inputs import read_calibration
 from support import layer_of
 
 LENGTH = 32
@@ -62,8 +64,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def calibration_ids(model: Path, text: stages.Text) -> Tensor:
     """The token ids [N, L] that calibration reads."""
-    checkpoint = stages.Checkpoint.open(model)
-    return torch.cat([domain.ids_NL for domain in stages.read_calibration(checkpoint, text)])
+    checkpoint = Checkpoint.open(model)
+    return torch.cat([domain.ids_NL for domain in read_calibration(checkpoint, text)])
 
 
 @contextmanager
@@ -76,17 +78,12 @@ def batch_of(monkeypatch: pytest.MonkeyPatch, tokens: int) -> Iterator[None]:
 
 @dataclass
 class Seen:
-    """What one experts module was called with and what it gave back, over all forwards."""
+    """What one experts module was called with and what it gave back."""
 
-    x_TH: list[Tensor] = field(default_factory=list)
-    index_TK: list[Tensor] = field(default_factory=list)
-    gate_TK: list[Tensor] = field(default_factory=list)
-    y_TH: list[Tensor] = field(default_factory=list)
-
-    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return tuple(  # type: ignore[return-value]
-            torch.cat(part) for part in (self.x_TH, self.index_TK, self.gate_TK, self.y_TH)
-        )
+    x_TH: Tensor
+    index_TK: Tensor
+    gate_TK: Tensor
+    y_TH: Tensor
 
 
 def watch(model: PreTrainedModel, ids_NL: Tensor) -> dict[int, Seen]:
@@ -94,18 +91,16 @@ def watch(model: PreTrainedModel, ids_NL: Tensor) -> dict[int, Seen]:
     seen: dict[int, Seen] = {}
     handles = []
     for name, module in experts_modules(model).items():
-        entry = seen.setdefault(layer_of(name), Seen())
 
-        def note(_: Any, args: tuple[Tensor, ...], output: Tensor, entry: Seen = entry) -> None:
-            entry.x_TH.append(args[0].clone())
-            entry.index_TK.append(args[1].clone())
-            entry.gate_TK.append(args[2].float().clone())
-            entry.y_TH.append(output.clone())
+        def note(
+            _: Any, args: tuple[Tensor, ...], output: Tensor, layer: int = layer_of(name)
+        ) -> None:
+            x_TH, index_TK, gate_TK = args
+            seen[layer] = Seen(x_TH.clone(), index_TK.clone(), gate_TK.float(), output.clone())
 
         handles.append(module.register_forward_hook(note))
     with torch.no_grad():
-        for ids_L in ids_NL:
-            model(ids_L[None], use_cache=False)
+        model(ids_NL, use_cache=False)
     for handle in handles:
         handle.remove()
     return seen

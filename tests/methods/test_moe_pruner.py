@@ -26,7 +26,7 @@ from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import DiskExperts, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.sites import MoESite
-from moeprune.pipeline import stages
+from moeprune.pipeline import planning, stages
 from support import open_stock, tensor_digests
 
 HALF = Budget(ratio=0.5)
@@ -216,7 +216,7 @@ def in_memory(model: Path, text: stages.Text) -> tuple[Plan, dict[tuple[int, str
             zeros[layer.layer, name] = getattr(site.experts, name) == 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "mask_in_memory", spy)
+        patch.setattr(planning, "mask_in_memory", spy)
         return stages.plan(model, MoEPruner(), HALF, text=text, compute=COMPUTE), zeros
 
 
@@ -251,7 +251,8 @@ def test_pruned_propagation_equals_a_plain_loop(
     ids_NL = calibration_ids(model, text)
     trusted = 0
     for layer in sorted(pruned.layers):
-        x_TH, index_TK, gate_TK, _ = watch(reference, ids_NL)[layer].joined()
+        seen = watch(reference, ids_NL)[layer]
+        x_TH, index_TK, gate_TK = seen.x_TH, seen.index_TK, seen.gate_TK
         experts = experts_of(reference, layer)
         scale_in_EH, scale_mid_EI = scales(pruned, layer)
         for e in range(experts.num_experts):

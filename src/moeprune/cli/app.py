@@ -26,6 +26,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+_UsageError: Any = typer.BadParameter.__bases__[0]  # typer exports no name for it
+_INTERRUPTED = 130
+
 Model = Annotated[str, typer.Argument(help="Directory, hub id, or **demo** (the embedded model).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
@@ -46,12 +49,12 @@ Statistics = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Output of **moeprune calibrate**."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the draw of text, and of the method.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the draw of text, and of the method.")]
 Sequences = Annotated[int, typer.Option(help="Calibration sequences in all.")]
 Length = Annotated[int, typer.Option(help="Tokens per sequence, clipped to the model's limit.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Torch device.")]
-Workers = Annotated[int, typer.Option(help="Batches computed at once; 0: one per core.")]
+Workers = Annotated[int, typer.Option(min=0, help="Batches computed at once; 0: one per core.")]
 
 
 def _budget(
@@ -198,10 +201,10 @@ def plan(
 
     Example: `moeprune plan demo --method mone --ratio 0.5 --statistics stats --out plan.json`
     """
-    from moeprune.files import refuse_existing
+    from moeprune.models.store import refuse_existing_plan
     from moeprune.pipeline import stages
 
-    refuse_existing(out, force)
+    refuse_existing_plan(out, force)
     with output.progress_bars() as progress:
         made = stages.plan(
             model,
@@ -439,12 +442,19 @@ def root(
 def main() -> None:
     """Entry point: errors that the user can mend are one or two lines and exit code 2."""
     try:
-        app()
-    except MoepruneError as error:
-        output.ERR.print(f"error: {error.problem}", style="bold", markup=False, soft_wrap=True)
-        if error.hint:
-            output.ERR.print(error.hint, markup=False, soft_wrap=True)
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        if problem := error.format_message():  # empty: no command was given, and help was shown
+            context = error.ctx
+            output.error(problem, f"see {context.command_path if context else 'moeprune'} --help")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except MoepruneError as error:
+        output.error(error.problem, error.hint)
+        sys.exit(2)
+    except OSError as error:
+        culprit = "" if error.filename is None else f": {error.filename}"
+        output.error(f"{error.strerror or error}{culprit}")
+        sys.exit(2)
+    if code == _INTERRUPTED:
         output.note("interrupted; nothing was kept")
-        sys.exit(130)
+    sys.exit(code or 0)

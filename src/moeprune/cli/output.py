@@ -33,7 +33,18 @@ def print_json(value: Any) -> None:
 
 def note(text: str) -> None:
     """A message for a person."""
-    ERR.print(text, soft_wrap=True)
+    ERR.print(text, markup=False, soft_wrap=True)
+
+
+def error(problem: str, hint: str = "") -> None:
+    """What is wrong, and what to run instead, a line each."""
+    ERR.print(f"error: {_one_line(problem)}", style="bold", markup=False, soft_wrap=True)
+    if hint:
+        ERR.print(_one_line(hint), markup=False, soft_wrap=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 class Reporter:
@@ -115,7 +126,7 @@ def run_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
                 "plan s": _number(seconds.get("plan"), ".2f"),
                 "write s": _number(seconds.get("apply"), ".2f"),
                 "walk s": _number(seconds.get("evaluate"), ".1f"),
-                "peak": _number(row["peak_memory_bytes"], "bytes"),
+                "peak (plan, write)": _number(row["peak_memory_bytes"], "bytes"),
             }
         )
     return found

@@ -7,6 +7,7 @@ in docs/formats.md.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -213,7 +214,7 @@ class Plan:
             if not _INDEX.fullmatch(str(key)) or not isinstance(entry, dict):
                 raise PlanError(f"plan: layers.{key} is not a layer index with an object")
             parsed[int(key)] = _layer_from_json(int(key), entry, vectors)
-        return cls(
+        plan = cls(
             layers=parsed,
             method=_get(data, "method", str, "plan"),
             options=_get(data, "options", dict, "plan"),
@@ -224,6 +225,11 @@ class Plan:
             warnings=_texts(data, "warnings", "plan"),
             versions=_get(data, "versions", dict, "plan"),
         )
+        try:
+            json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:  # infinite numbers and half characters: Python reads, JSON not
+            raise PlanError(f"plan: holds what JSON cannot: {error}") from error
+        return plan
 
 
 def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as resource_files
@@ -62,14 +63,15 @@ def parse_sources(sources: Sequence[str], kind: str) -> dict[str, Path]:
         return demo_text(kind)
     found: dict[str, Path] = {}
     for source in sources:
-        name, separator, path = source.rpartition("=")
+        name, separator, path = source.partition("=")
+        if not separator or Path(source).is_file():  # a path may have an = in it
+            name, path = Path(source).name.split(".", 1)[0], source
         file = Path(path)
         if not file.is_file():
             raise DataError(
                 f"no such text file: {file}",
                 "give JSONL with a 'text' field a line, or plain text: --data english=file.jsonl",
             )
-        name = name if separator else file.name.split(".", 1)[0]
         if name in found:
             raise DataError(f"two sources are called {name!r}", "name them: --data a=x --data b=y")
         found[name] = file
@@ -92,14 +94,25 @@ def read_documents(file: Path) -> Iterator[str]:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
-                try:
-                    yield str(json.loads(line)["text"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(
-                        f"{file}, line {number}: not a JSON object with a 'text' field"
-                    ) from error
-    except (UnicodeDecodeError, gzip.BadGzipFile) as error:
-        raise DataError(f"{file} is not UTF-8 text: {error}") from error
+                yield _text_of(line, f"{file}, line {number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text: {error}", "convert it to UTF-8") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{file} is damaged or not gzip: {error}", "compress it again") from error
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+        if not isinstance(text, str):
+            raise TypeError("not a string")
+        text.encode()  # JSON can spell halves of characters
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{where}: not a JSON object with a 'text' field",
+            'write one {"text": "..."} a line, or give plain text as .txt',
+        ) from error
+    return text
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,25 +13,29 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
 from moeprune.core.plan import Plan
 from moeprune.core.shapes import LayerShape
 from moeprune.core.statistics import LayerStatistics
-from moeprune.errors import DataError, MoepruneError, PlanError
+from moeprune.errors import CheckpointError, DataError, MoepruneError, OutputError, PlanError
 from moeprune.files import (
     json_bytes,
     new_directory,
     refuse_existing,
     sha256_bytes,
     sha256_file,
-    write_atomic,
+    write_together,
 )
+from moeprune.models.checkpoint import read_header
 
 PathLike = str | os.PathLike[str]
 STATISTICS_FORMAT = "moeprune.statistics/1"
 MANIFEST = "manifest.json"
+_AGAIN = "make it again: moeprune calibrate MODEL --out DIR"
+_VECTORS = re.compile(r"layers\.\d+\.(novices|scale_in|scale_mid)")
 
 
 def versions() -> dict[str, str]:
@@ -42,6 +47,43 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # running from a source tree that was never installed
             found[name] = "unknown"
     return found
+
+
+@dataclass(frozen=True)
+class _ModelEntry:
+    name: str
+    fingerprint: str
+    moe_layers: list[int]
+
+
+@dataclass(frozen=True)
+class _DataEntry:
+    hash: str
+    tokens: int
+    sequences: int
+    domains: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _LayerEntry:
+    file: str
+    sha256: str
+    tokens: int
+    shape: LayerShape
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What is read from a manifest; others may add entries."""
+
+    model: _ModelEntry
+    data: _DataEntry
+    dtype: str
+    collect: list[str]
+    layers: dict[int, _LayerEntry]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
 
 
 @dataclass(frozen=True)
@@ -63,13 +105,18 @@ class StatisticsStore:
                 f"no statistics in {path}", "make them: moeprune calibrate MODEL --out DIR"
             )
         if store.manifest.get("format") != STATISTICS_FORMAT:
-            raise DataError(f"{path / MANIFEST} is not of format {STATISTICS_FORMAT}")
-        for index, entry in store.manifest["layers"].items():
-            file = path / entry["file"]
-            if not file.is_file() or sha256_file(file) != entry["sha256"]:
-                raise DataError(
-                    f"statistics of layer {index} in {path} are damaged", "calibrate again"
-                )
+            raise DataError(f"{path / MANIFEST} is not of format {STATISTICS_FORMAT}", _AGAIN)
+        try:
+            manifest = _MANIFEST.validate_python(store.manifest)
+        except ValidationError as error:
+            where = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise DataError(f"{path / MANIFEST} is damaged: bad {where}", _AGAIN) from error
+        if sorted(manifest.layers) != manifest.model.moe_layers:
+            raise DataError(f"{path / MANIFEST} is damaged: layers are missing", _AGAIN)
+        for index, entry in manifest.layers.items():
+            file = path / entry.file
+            if not file.is_file() or sha256_file(file) != entry.sha256:
+                raise DataError(f"statistics of layer {index} in {path} are damaged", _AGAIN)
         return store
 
     @cached_property
@@ -78,9 +125,9 @@ class StatisticsStore:
         try:
             data = json.loads((self.path / MANIFEST).read_bytes())
         except ValueError as error:
-            raise DataError(f"{self.path / MANIFEST} is not valid JSON") from error
+            raise DataError(f"{self.path / MANIFEST} is not valid JSON", _AGAIN) from error
         if not isinstance(data, dict):
-            raise DataError(f"{self.path / MANIFEST} is not a JSON object")
+            raise DataError(f"{self.path / MANIFEST} is not a JSON object", _AGAIN)
         return data
 
     @property
@@ -103,7 +150,9 @@ class StatisticsStore:
         try:
             tensors = load_file(self.path / entry["file"])
         except SafetensorError as error:
-            raise DataError(f"statistics of layer {index} in {self.path} are damaged") from error
+            raise DataError(
+                f"statistics of layer {index} in {self.path} are damaged", _AGAIN
+            ) from error
         shape = LayerShape(**{**entry["shape"], "roles": tuple(entry["shape"]["roles"])})
         return LayerStatistics.from_tensors(shape, entry["tokens"], tensors)
 
@@ -185,23 +234,48 @@ def merge_statistics(
     return StatisticsStore.open(Path(out))
 
 
+def refuse_existing_plan(path: PathLike, force: bool = False) -> None:
+    """Raise ``OutputError`` if a plan cannot be written to ``path`` and its vectors beside it.
+
+    ``force`` replaces a file of vectors that belonged to a plan, and no other.
+    """
+    path = Path(path)
+    refuse_existing(path, force, directory=False)
+    vectors_path = path.with_suffix(".safetensors")
+    if path == vectors_path:
+        raise OutputError(
+            f"a plan is JSON, and its vectors are the .safetensors beside it (got {path})",
+            f"use --out {path.with_suffix('.json')}",
+        )
+    refuse_existing(vectors_path, force, directory=False)
+    if vectors_path.is_file() and not _are_vectors(vectors_path):
+        raise OutputError(
+            f"--force would replace {vectors_path}, which does not hold the vectors of a plan",
+            "choose another --out",
+        )
+
+
+def _are_vectors(file: Path) -> bool:
+    try:
+        tensors, _ = read_header(file)
+    except CheckpointError:
+        return False
+    return all(_VECTORS.fullmatch(name) for name in tensors)
+
+
 def write_plan(plan: Plan, path: PathLike, force: bool = False) -> None:
     """Write ``path`` (JSON) and, if the plan has vectors, a safetensors file beside it."""
     path = Path(path)
-    vectors_path = path.with_suffix(".safetensors")
-    tensors = plan.vectors()
-    refuse_existing(path, force)
+    refuse_existing_plan(path, force)
+    contents: dict[Path, bytes] = {}
     entry = None
+    tensors = plan.vectors()
     if tensors:
-        content = save(tensors)
-        entry = {"file": vectors_path.name, "sha256": sha256_bytes(content)}
-        write_atomic(vectors_path, content, force)
-    try:
-        write_atomic(path, json_bytes(plan.to_json(entry)), force)
-    except BaseException:
-        if tensors:
-            vectors_path.unlink(missing_ok=True)
-        raise
+        vectors_path = path.with_suffix(".safetensors")
+        contents[vectors_path] = save(tensors)
+        entry = {"file": vectors_path.name, "sha256": sha256_bytes(contents[vectors_path])}
+    contents[path] = json_bytes(plan.to_json(entry))
+    write_together(contents, force)
 
 
 def read_plan(path: PathLike) -> Plan:

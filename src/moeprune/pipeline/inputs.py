@@ -66,9 +66,11 @@ class Compute:
         """
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise MoepruneError(f"unknown dtype {self.dtype!r}", f"auto, {', '.join(DTYPES)}")
+        if self.workers < 0:
+            raise MoepruneError(f"--workers must be at least 0 (got {self.workers})")
         try:
             device = torch.device(self.device)
-            torch.empty(0, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise MoepruneError(
                 f"device {self.device!r} cannot be used", "use --device cpu"
@@ -102,23 +104,36 @@ def read_calibration(checkpoint: Checkpoint, text: Text) -> list[data.Domain]:
     Raises:
         DataError: nothing to read, or less than one sequence.
     """
-    sources = data.parse_sources(text.sources, "calibration")
-    domains = data.load_domains(data.load_tokenizer(checkpoint), sources, _length(checkpoint, text))
     if text.sequences < 1:
         raise DataError(f"--sequences must be at least 1 (got {text.sequences})")
-    return data.draw(domains, text.sequences, text.seed)
+    return data.draw(_read(checkpoint, text, "calibration"), text.sequences, text.seed)
 
 
-def _length(checkpoint: Checkpoint, text: Text) -> int:
+def _read(
+    checkpoint: Checkpoint, text: Text, kind: str, most: int | None = None
+) -> list[data.Domain]:
     if text.length < 2:
         raise DataError(f"--length must be at least 2 (got {text.length})")
+    sources = data.parse_sources(text.sources, kind)
     config = checkpoint.config.get("text_config") or checkpoint.config
     limit = config.get("max_position_embeddings")
-    return min(text.length, limit) if isinstance(limit, int) else text.length
+    length = min(text.length, limit) if isinstance(limit, int) else text.length
+    domains = data.load_domains(data.load_tokenizer(checkpoint), sources, length, most)
+    highest, known = max(int(d.ids_NL.max()) for d in domains), config.get("vocab_size")
+    if isinstance(known, int) and highest >= known:
+        raise DataError(
+            f"the tokenizer in {checkpoint.path} gives token {highest}, the model knows {known}",
+            "copy tokenizer.json and tokenizer_config.json of this model into its directory",
+        )
+    return domains
 
 
 def read_heldout(checkpoint: Checkpoint, text: Text) -> list[data.Domain]:
-    """Sequences for evaluation: ``text.sequences`` per domain from its beginning, 0 for all."""
-    sources = data.parse_sources(text.sources, "heldout")
-    tokenizer = data.load_tokenizer(checkpoint)
-    return data.load_domains(tokenizer, sources, _length(checkpoint, text), text.sequences or None)
+    """Sequences for evaluation: ``text.sequences`` per domain from its beginning, 0 for all.
+
+    Raises:
+        DataError: nothing to read, or less than one sequence.
+    """
+    if text.sequences < 0:
+        raise DataError(f"--sequences must be at least 0 (got {text.sequences})")
+    return _read(checkpoint, text, "heldout", text.sequences or None)

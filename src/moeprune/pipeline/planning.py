@@ -52,6 +52,11 @@ def plan(
     """
     chosen = method if isinstance(method, Method) else make_method(method, options)
     chosen.accept(budget)
+    if statistics is not None and chosen.sequential:
+        raise MoepruneError(
+            f"{chosen.name} edits each layer before it observes the next: no statistics fit that",
+            "leave out --statistics, or score the unpruned model with -o propagate=dense",
+        )
     checkpoint = Checkpoint.open(source)
     model = compute.open(checkpoint)
     layout = expert_layout(model)
@@ -61,7 +66,7 @@ def plan(
     )
     facts: dict[str, Any] = {}
     store = None
-    if statistics is not None and chosen.needs and not chosen.sequential:
+    if statistics is not None and chosen.needs:
         store = StatisticsStore.open(Path(statistics))
         same_model(store, checkpoint.fingerprint, model_name(source))
         facts = store.summary

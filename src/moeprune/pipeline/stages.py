@@ -13,7 +13,7 @@ from typing import Any
 from moeprune.core.budget import Budget
 from moeprune.core.method import Method, make_method
 from moeprune.core.plan import Plan
-from moeprune.errors import PlanError
+from moeprune.errors import OutputError
 from moeprune.evaluation.perplexity import evaluate as evaluate_models
 from moeprune.files import refuse_existing
 from moeprune.models import data
@@ -64,12 +64,19 @@ def apply(
     out = Path(out)
     refuse_existing(out, force)
     checkpoint = Checkpoint.open(source)
+    _refuse_source(checkpoint, out)
     chosen = plan_or_path if isinstance(plan_or_path, Plan) else read_plan(Path(plan_or_path))
-    if out.resolve() == checkpoint.path:
-        raise PlanError("the output is the model itself", "choose another --out")
     return apply_plan(
         checkpoint, chosen, out, force, lambda done, total: progress("writing", done, total)
     )
+
+
+def _refuse_source(checkpoint: Checkpoint, out: Path) -> None:
+    """Replacing an output must not delete the model that is read."""
+    if checkpoint.path.is_relative_to(out.resolve()):
+        raise OutputError(
+            f"the output {out} is the model itself, or holds it", "choose another --out"
+        )
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,10 @@ def prune(
         MoepruneError: anything the user can mend; nothing is left behind.
     """
     refuse_existing(Path(out), force)
-    reset_peak_memory()
     chosen = method if isinstance(method, Method) else make_method(method, options)
     chosen.accept(budget)
+    _refuse_source(Checkpoint.open(source), Path(out))
+    reset_peak_memory()
     seconds: dict[str, float] = {}
     work = Path(tempfile.mkdtemp(prefix="moeprune-"))
     try:
