@@ -5,7 +5,8 @@
 1. Time of a calibration with all light accumulators divided by the time of the plain streamed
    forward over the same tokens, alternating in one process: median of the paired ratios.
 2. Peak resident memory of a walk over 4, 8 and 16 layers of the same size, each in a process of its
-   own: anonymous memory and mapped checkpoint pages together, less what the imports took.
+   own: anonymous memory and mapped checkpoint pages together, less what the imports took, in the
+   second walk of the process.
 """
 
 from __future__ import annotations
@@ -27,15 +28,20 @@ from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.walk import Walk
+from moeprune.pipeline.inputs import Text, read_calibration
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
-from moeprune.pipeline.stages import Text, read_calibration
 
 REPEATS = 5
 SIZES = {
-    "tiny experts (192 x 96, 32 of them)": dict(hidden=192, width=96, experts=32, layers=6),
-    "OLMoE-1B-7B's layer (2048 x 1024, 64)": dict(hidden=2048, width=1024, experts=64, layers=1),
+    "tiny experts (192 x 96, 32 of them)": {"hidden": 192, "width": 96, "experts": 32, "layers": 6},
+    "OLMoE-1B-7B's layer (2048 x 1024, 64)": {
+        "hidden": 2048,
+        "width": 1024,
+        "experts": 64,
+        "layers": 1,
+    },
 }
-MEMORY = dict(hidden=512, width=512, experts=32)
+MEMORY = {"hidden": 512, "width": 512, "experts": 32}
 
 
 def build(path: Path, hidden: int, width: int, experts: int, layers: int) -> Path:
@@ -94,11 +100,15 @@ def observing_costs() -> dict[str, dict[str, float]]:
 
 
 def memory_of(path: str) -> None:
-    """Child process: prints the peak of a walk above the level after imports."""
+    """Child process: prints the peak of a walk above the level after imports.
+
+    A first walk fills the caches of the matrix libraries, which do not depend on layers.
+    """
+    before = peak_memory()
     model = LayeredModel(Checkpoint.open(path))
     batches = random_batches(16)
+    walk_seconds(model, batches, LIGHT)
     reset_peak_memory()
-    before = peak_memory()
     walk_seconds(model, batches, LIGHT)
     after = peak_memory()
     assert before is not None and after is not None, "needs /proc"

@@ -1,6 +1,6 @@
 """Regenerates docs/demo.md: what `make demo` measures on the embedded model.
 
-    python benchmarks/demo_figures.py
+python benchmarks/demo_figures.py
 """
 
 from __future__ import annotations

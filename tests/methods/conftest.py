@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -28,24 +28,19 @@ SEQUENCES = 24
 
 
 @pytest.fixture(scope="session")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text whose words are token numbers; the tokenizer that ``readable`` adds reads them."""
-    file = tmp_path_factory.mktemp("text") / "words.txt"
-    ids = token_ids(1, LENGTH * (SEQUENCES + 16), seed=5)[0].tolist()
-    file.write_text(" ".join(f"t{i}" for i in ids), encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="session")
-def text(words: Path) -> stages.Text:
-    return stages.Text(sources=(str(words),), sequences=SEQUENCES, length=LENGTH, seed=1)
+def text(tmp_path_factory: pytest.TempPathFactory) -> stages.Text:
+    """Random printable characters, which the tokenizer that ``readable`` adds reads one by one."""
+    file = tmp_path_factory.mktemp("text") / "characters.txt"
+    ids = token_ids(1, LENGTH * (SEQUENCES + 16), vocab=94, seed=5)[0] + 32
+    file.write_text("".join(chr(i) for i in ids.tolist()), encoding="utf-8")
+    return stages.Text(sources=(str(file),), sequences=SEQUENCES, length=LENGTH, seed=1)
 
 
 def readable(directory: Path) -> Path:
-    """Add a tokenizer of the words t0, t1, ... to a checkpoint."""
-    plain = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
-    plain.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="t1").save_pretrained(directory)
+    """Add a tokenizer to a checkpoint: a character's id is its ASCII code."""
+    plain = Tokenizer(WordLevel({chr(i): i for i in range(VOCABULARY)}, unk_token=chr(0)))
+    plain.pre_tokenizer = Split(Regex("."), "isolated")  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="~").save_pretrained(directory)
     return directory
 
 

@@ -89,7 +89,7 @@ def _compute(dtype: str, device: str, workers: int) -> Compute:
 
 def _tell_default_text(model: str, data: list[str] | None) -> None:
     if not data and model != "demo":
-        output.note("reading the embedded text (six domains); give your own with --data")
+        output.note("read the embedded text (six domains); give your own with --data")
 
 
 def _tell_warnings(warnings: Any) -> None:
@@ -138,7 +138,6 @@ def calibrate(
     from moeprune.pipeline import stages
 
     names = LIGHT if collect is None else tuple(name.strip() for name in collect.split(","))
-    _tell_default_text(model, data)
     with output.progress_bars() as progress:
         store = stages.calibrate(
             model,
@@ -149,6 +148,7 @@ def calibrate(
             force,
             progress,
         )
+    _tell_default_text(model, data)
     if as_json:
         output.print_json({"path": str(out), **store.manifest})
     else:
@@ -218,6 +218,8 @@ def plan(
             progress,
         )
     stages.save_plan(made, out, force)
+    if statistics is None and made.statistics:
+        _tell_default_text(model, data)
     _tell_warnings(made.warnings)
     if as_json:
         output.print_json({"path": str(out), **made.to_json(None)})
@@ -291,8 +293,6 @@ def prune(
     """
     from moeprune.pipeline import stages
 
-    if statistics is None:
-        _tell_default_text(model, data)
     with output.progress_bars() as progress:
         done = stages.prune(
             model,
@@ -307,6 +307,8 @@ def prune(
             force,
             progress,
         )
+    if statistics is None and done.plan.statistics:
+        _tell_default_text(model, data)
     _tell_warnings(done.plan.warnings)
     more = {
         "seconds": {name: round(value, 2) for name, value in done.seconds.items()},
@@ -442,7 +444,7 @@ def root(
 def main() -> None:
     """Entry point: errors that the user can mend are one or two lines and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="moeprune", standalone_mode=False)
     except _UsageError as error:
         if problem := error.format_message():  # empty: no command was given, and help was shown
             context = error.ctx

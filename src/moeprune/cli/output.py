@@ -28,7 +28,7 @@ _TABLE_WIDTH = 132
 
 def print_json(value: Any) -> None:
     """A result on stdout, as JSON and nothing else."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def note(text: str) -> None:
@@ -137,7 +137,7 @@ def perplexity_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return [
         {
             "perplexity": str(row["name"]),
-            **{domain: f"{value:.1f}" for domain, value in row["perplexity"].items()},
+            **{domain: _number(value, ".1f") for domain, value in row["perplexity"].items()},
         }
         for row in rows
     ]

@@ -53,16 +53,17 @@ class DomainScore:
             self.agree = (self.agree or 0) + other.agree
 
     def to_json(self) -> dict[str, float | int | None]:
-        """Means per token."""
+        """Means per token; None where logits were not finite, which JSON cannot say."""
         loss = self.nll / self.tokens
-        return {
-            "tokens": self.tokens,
+        known = {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            "perplexity": math.exp(loss) if loss < 700.0 else loss * math.inf,
             "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
-            "kl": None if self.kl is None else self.kl / self.tokens,
-            "agreement": None if self.agree is None else self.agree / self.tokens,
+            "kl": math.nan if self.kl is None else self.kl / self.tokens,
+            "agreement": math.nan if self.agree is None else self.agree / self.tokens,
         }
+        finite = {key: value if math.isfinite(value) else None for key, value in known.items()}
+        return {"tokens": self.tokens, **finite}
 
 
 @dataclass

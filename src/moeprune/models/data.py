@@ -123,12 +123,17 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+        # without files, some classes make a tokenizer with an empty vocabulary
+        if len(set(tokenizer("some words", add_special_tokens=False)["input_ids"])) < 2:
+            raise ValueError("its vocabulary is empty")
     except Exception as error:
+        why = [*str(error).splitlines(), type(error).__name__][0]
         raise DataError(
-            f"no usable tokenizer in {checkpoint.path}: {str(error).splitlines()[0][:120]}",
+            f"no usable tokenizer in {checkpoint.path}: {why[:120]}",
             "copy tokenizer.json and tokenizer_config.json of the model into its directory",
         ) from error
+    return tokenizer
 
 
 def tokenise(tokenizer: Any, name: str, file: Path, length: int, most: int | None = None) -> Domain:
@@ -181,21 +186,21 @@ def draw(domains: Sequence[Domain], sequences: int, seed: int) -> list[Domain]:
     return [domain for domain in drawn if len(domain.ids_NL)]
 
 
-def batches(domains: Sequence[Domain]) -> list[Batch]:
-    """Batches of about ``TOKENS_PER_BATCH`` tokens, in order of domains."""
+def batches(domains: Sequence[Domain], seed: int = 0) -> list[Batch]:
+    """Batches of ``TOKENS_PER_BATCH`` tokens or one sequence; ``seed`` is that of the sample."""
     if not domains:
         return []
     ids_NL = torch.cat([domain.ids_NL for domain in domains])
     rows = max(1, TOKENS_PER_BATCH // ids_NL.shape[1])
-    return [Batch(part, token_keys(part)) for part in ids_NL.split(rows)]
+    return [Batch(part, token_keys(part, seed)) for part in ids_NL.split(rows)]
 
 
-def token_keys(ids_BL: Tensor) -> Tensor:
-    """A pseudo-random int64 per token that depends on its sequence and position alone."""
+def token_keys(ids_BL: Tensor, seed: int = 0) -> Tensor:
+    """A pseudo-random int64 per token that depends on its sequence, its position and the seed."""
     keys = np.empty(tuple(ids_BL.shape), dtype=np.uint64)
     steps = np.arange(ids_BL.shape[1], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for row, ids_L in enumerate(ids_BL.numpy()):
-        digest = hashlib.sha256(ids_L.astype("<i8").tobytes()).digest()
+        digest = hashlib.sha256(b"%d:" % seed + ids_L.astype("<i8").tobytes()).digest()
         mixed = steps + np.uint64(int.from_bytes(digest[:8], "little"))
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

@@ -60,7 +60,7 @@ def calibrate(
             save_layer(statistics)
             return False
 
-        observe(model, domains, compute, sorted(collect), visit, progress)
+        observe(model, domains, compute, sorted(collect), visit, progress, text.seed)
     return StatisticsStore.open(out)
 
 
@@ -71,6 +71,7 @@ def observe(
     needs: Sequence[str],
     visit: Callable[[MoESite, LayerStatistics], bool],
     progress: Progress = silent,
+    seed: int = 0,
 ) -> None:
     """Walk ``model`` over ``domains`` and show ``visit`` every MoE layer with its statistics.
 
@@ -80,5 +81,5 @@ def observe(
     def tell(done: int, total: int) -> None:
         progress("walking", done, total)
 
-    with Walk(model, data.batches(domains), compute.workers, tell) as walk:
+    with Walk(model, data.batches(domains, seed), compute.workers, tell) as walk:
         walk.layers(needs, visit)

@@ -64,7 +64,8 @@ def pairwise_nmi(
 
     Raises ValueError if matrices differ in size, or as :func:`auto_edges`, :func:`fixed_edges`.
     """
-    workers = numba.get_num_threads() if threads is None else threads
+    # not numba.get_num_threads(): that starts Numba's own pool, which changes torch's thread count
+    workers = numba.config.NUMBA_NUM_THREADS if threads is None else threads
     pool = ThreadPoolExecutor(workers)
     try:
         coded = list(_encode_lazily(matrices_EN, bins, workers, pool))
