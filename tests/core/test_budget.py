@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moeprune.core.budget import (
@@ -69,6 +69,8 @@ def test_patterns() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 512), st.integers(0, 999))
+@example(100, 290)  # 28.999999999999996 in binary
+@example(50, 580)
 def test_a_ratio_rounds_down_and_means_what_it_says_in_decimal(experts: int, mills: int) -> None:
     exact = math.floor(Fraction(mills, 1000) * experts)
     assert experts_to_remove(Budget(ratio=mills / 1000), shape(experts, 1)) == exact
@@ -89,7 +91,9 @@ def test_keep_is_exact_and_bounded() -> None:
         (shape(8, 2), 5, 5),
         (shape(8, 4), 1, 4),
         (shape(8, 2), 99, 8),  # a floor above E means all
-        (shape(8, 2, groups=2), 0, 4),  # two per group rank a group
+        (shape(8, 2, groups=2), 0, 4),
+        (shape(8, 2, groups=2, top_groups=2), 0, 4),  # the two best of a group rank it
+        (shape(8, 1, groups=4), 0, 8),
         (shape(16, 6, groups=4, top_groups=2), 0, 12),  # six among two groups
         (shape(16, 6, groups=4, top_groups=4), 0, 8),
         (shape(16, 2, groups=4, top_groups=2), 9, 12),

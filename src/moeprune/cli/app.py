@@ -5,17 +5,36 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from moeprune import __version__
 from moeprune.cli import output
+from moeprune.cli.options import (
+    AsJson,
+    Data,
+    Device,
+    Dtype,
+    Force,
+    Keep,
+    Length,
+    Method,
+    Model,
+    Options,
+    Pattern,
+    Ratio,
+    Seed,
+    Sequences,
+    Statistics,
+    Tau,
+    Workers,
+    parse_budget,
+    parse_compute,
+    parse_options,
+    parse_text,
+)
 from moeprune.errors import MoepruneError
-
-if TYPE_CHECKING:
-    from moeprune.core.budget import Budget
-    from moeprune.pipeline.stages import Compute, Text
 
 app = typer.Typer(
     name="moeprune",
@@ -28,63 +47,6 @@ app = typer.Typer(
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # typer exports no name for it
 _INTERRUPTED = 130
-
-Model = Annotated[str, typer.Argument(help="Directory, hub id, or **demo** (the embedded model).")]
-AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Data = Annotated[
-    Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
-    typer.Option(help="Text: **[name=]file** (.jsonl, .jsonl.gz, .txt); repeat for more domains."),
-]
-Method = Annotated[str, typer.Option(help="See **moeprune methods**.")]
-Options = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--option", "-o", help="Option of the method, **name=value**; repeatable."),
-]
-Ratio = Annotated[Optional[float], typer.Option(help="Fraction to remove, 0 <= R < 1.")]  # noqa: UP045
-Keep = Annotated[Optional[int], typer.Option(help="Experts to keep per layer.")]  # noqa: UP045
-Tau = Annotated[Optional[float], typer.Option(help="Threshold of MoEITS.")]  # noqa: UP045
-Pattern = Annotated[Optional[str], typer.Option(help="N:M, N of every M weights zeroed.")]  # noqa: UP045
-Statistics = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="Output of **moeprune calibrate**."),
-]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the draw of text, and of the method.")]
-Sequences = Annotated[int, typer.Option(help="Calibration sequences in all.")]
-Length = Annotated[int, typer.Option(help="Tokens per sequence, clipped to the model's limit.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Torch device.")]
-Workers = Annotated[int, typer.Option(min=0, help="Batches computed at once; 0: one per core.")]
-
-
-def _budget(
-    ratio: float | None, keep: int | None, tau: float | None, pattern: str | None
-) -> Budget:
-    from moeprune.core.budget import Budget, parse_pattern
-
-    return Budget(ratio, keep, tau, None if pattern is None else parse_pattern(pattern))
-
-
-def _options(pairs: list[str] | None) -> dict[str, str]:
-    found = {}
-    for pair in pairs or []:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise MoepruneError(f"bad option {pair!r}", "write -o name=value")
-        found[name.replace("-", "_")] = value
-    return found
-
-
-def _text(data: list[str] | None, sequences: int, length: int, seed: int) -> Text:
-    from moeprune.pipeline.stages import Text
-
-    return Text(tuple(data or ()), sequences, length, seed)
-
-
-def _compute(dtype: str, device: str, workers: int) -> Compute:
-    from moeprune.pipeline.stages import Compute
-
-    return Compute(device, dtype, workers)
 
 
 def _tell_default_text(model: str, data: list[str] | None) -> None:
@@ -142,9 +104,9 @@ def calibrate(
         store = stages.calibrate(
             model,
             out,
-            _text(data, sequences, length, seed),
+            parse_text(data, sequences, length, seed),
             names,
-            _compute(dtype, device, workers),
+            parse_compute(dtype, device, workers),
             force,
             progress,
         )
@@ -209,11 +171,11 @@ def plan(
         made = stages.plan(
             model,
             method,
-            _budget(ratio, keep, tau, pattern),
+            parse_budget(ratio, keep, tau, pattern),
             statistics,
-            _text(data, sequences, length, seed),
-            _options(option),
-            _compute(dtype, device, workers),
+            parse_text(data, sequences, length, seed),
+            parse_options(option),
+            parse_compute(dtype, device, workers),
             seed,
             progress,
         )
@@ -297,12 +259,12 @@ def prune(
         done = stages.prune(
             model,
             method,
-            _budget(ratio, keep, tau, pattern),
+            parse_budget(ratio, keep, tau, pattern),
             out,
-            _text(data, sequences, length, seed),
-            _options(option),
+            parse_text(data, sequences, length, seed),
+            parse_options(option),
             statistics,
-            _compute(dtype, device, workers),
+            parse_compute(dtype, device, workers),
             seed,
             force,
             progress,
@@ -342,8 +304,8 @@ def evaluate(
         result = stages.evaluate(
             model,
             teacher,
-            _text(data, sequences, length, 0),
-            _compute(dtype, device, workers),
+            parse_text(data, sequences, length, 0),
+            parse_compute(dtype, device, workers),
             progress,
         )
     if as_json:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from moeprune.core.shapes import LayerShape
 from moeprune.errors import BudgetError
 
-_SLACK = 1e-9  # 0.3 * 10 is 2.9999999999999996 in binary; it means 3
+_SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996 in binary; it means 29
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
-        # without files, some classes make a tokenizer with an empty vocabulary
-        if len(set(tokenizer("some words", add_special_tokens=False)["input_ids"])) < 2:
+        # without files, some classes make a tokenizer of nothing but special tokens
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise ValueError("its vocabulary is empty")
     except Exception as error:
         why = [*str(error).splitlines(), type(error).__name__][0]

@@ -6,6 +6,7 @@ Everything is validated before the first byte is written.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,12 +264,7 @@ class _Surgeon:
         before = sum(site.shape.experts for site in self.model.sites.values())
         gone = sum(len(p.dropped) + len(p.replaced) for p in self.plan.layers.values())
         numel = self.checkpoint.numel
-        after = 0
-        for piece in pieces:
-            count = 1
-            for size in piece.shape:
-                count *= size
-            after += count
+        after = sum(math.prod(piece.shape) for piece in pieces)
         return Sizes(
             experts=(before, before - gone),
             parameters=(numel, after),
@@ -308,10 +304,7 @@ def _zeros(mask: MaskEdit, shape: tuple[int, ...], tensor: DiskTensor) -> int:
     else:
         assert mask.ratio is not None
         per_row = prune_count(width, mask.ratio)
-    rows = 1
-    for size in shape:
-        rows *= size
-    return rows // width * per_row
+    return math.prod(shape) // width * per_row
 
 
 def mask_in_memory(site: MoESite, layer: LayerPlan) -> None:

@@ -1,0 +1,75 @@
+"""The options that commands share, and what they are parsed into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from moeprune.errors import MoepruneError
+
+if TYPE_CHECKING:
+    from moeprune.core.budget import Budget
+    from moeprune.pipeline.inputs import Compute, Text
+
+Model = Annotated[str, typer.Argument(help="Directory, hub id, or **demo** (the embedded model).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Data = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
+    typer.Option(help="Text: **[name=]file** (.jsonl, .jsonl.gz, .txt); repeat for more domains."),
+]
+Method = Annotated[str, typer.Option(help="See **moeprune methods**.")]
+Options = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--option", "-o", help="Option of the method, **name=value**; repeatable."),
+]
+Ratio = Annotated[Optional[float], typer.Option(help="Fraction to remove, 0 <= R < 1.")]  # noqa: UP045
+Keep = Annotated[Optional[int], typer.Option(help="Experts to keep per layer.")]  # noqa: UP045
+Tau = Annotated[Optional[float], typer.Option(help="Threshold of MoEITS.")]  # noqa: UP045
+Pattern = Annotated[Optional[str], typer.Option(help="N:M, N of every M weights zeroed.")]  # noqa: UP045
+Statistics = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Output of **moeprune calibrate**."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the draw of text, and of the method.")]
+Sequences = Annotated[int, typer.Option(help="Calibration sequences in all.")]
+Length = Annotated[int, typer.Option(help="Tokens per sequence, clipped to the model's limit.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Torch device.")]
+Workers = Annotated[int, typer.Option(min=0, help="Batches computed at once; 0: one per core.")]
+
+
+def parse_budget(
+    ratio: float | None, keep: int | None, tau: float | None, pattern: str | None
+) -> Budget:
+    """The one budget that was given."""
+    from moeprune.core.budget import Budget, parse_pattern
+
+    return Budget(ratio, keep, tau, None if pattern is None else parse_pattern(pattern))
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, str]:
+    """``name=value`` pairs."""
+    found = {}
+    for pair in pairs or []:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise MoepruneError(f"bad option {pair!r}", "write -o name=value")
+        found[name.replace("-", "_")] = value
+    return found
+
+
+def parse_text(data: list[str] | None, sequences: int, length: int, seed: int) -> Text:
+    """What to read."""
+    from moeprune.pipeline.stages import Text
+
+    return Text(tuple(data or ()), sequences, length, seed)
+
+
+def parse_compute(dtype: str, device: str, workers: int) -> Compute:
+    """Where to compute."""
+    from moeprune.pipeline.stages import Compute
+
+    return Compute(device, dtype, workers)
