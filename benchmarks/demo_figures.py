@@ -50,6 +50,10 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1f}"
+
+
 def sizes(rows: list[Mapping[str, Any]]) -> str:
     def cells(row: Mapping[str, Any]) -> list[str]:
         seconds, peak = row["seconds"], row["peak_memory_bytes"]
@@ -76,7 +80,7 @@ def sizes(rows: list[Mapping[str, Any]]) -> str:
 def perplexities(rows: list[Mapping[str, Any]], seen: Iterable[str]) -> str:
     domains = list(rows[0]["perplexity"])
     columns = ["perplexity", *(d if d in set(seen) else f"*{d}*" for d in domains)]
-    body = [[f"`{r['name']}`", *(f"{r['perplexity'][d]:.1f}" for d in domains)] for r in rows]
+    body = [[f"`{r['name']}`", *(number(r["perplexity"][d]) for d in domains)] for r in rows]
     return table(columns, body)
 
 

@@ -186,6 +186,7 @@ def plan(
     if as_json:
         output.print_json({"path": str(out), **made.to_json(None)})
     else:
+        budget = ", ".join(f"{name} {value}" for name, value in made.budget.items())
         rows = [
             {
                 "layer": str(index),
@@ -195,7 +196,7 @@ def plan(
             }
             for index, layer in sorted(made.layers.items())
         ]
-        output.print_rows(f"{made.method} {made.budget} -> {out}", rows)
+        output.print_rows(f"{made.method}, {budget} -> {out}", rows)
 
 
 @app.command()

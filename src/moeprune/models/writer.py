@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moeprune.errors import CheckpointError
 from moeprune.files import json_bytes
 from moeprune.models.checkpoint import INDEX, TensorInfo
 
@@ -98,7 +99,7 @@ def _read(file: Path, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes | mem
             while left:
                 block = handle.read(min(left, _BLOCK))
                 if not block:
-                    raise OSError(f"{file} became shorter while it was read")
+                    raise CheckpointError(f"{file} became shorter while it was read")
                 left -= len(block)
                 yield block
 
