@@ -131,6 +131,7 @@ class Walk:
     def _load(self, index: int) -> None:
         torch.set_num_threads(1)  # this thread's copies; the batches' threads have the other cores
         self.model.load_layer(index)
+        _return_memory()  # the pieces that fused tensors were made of
 
     def _step(self) -> None:
         self._steps += 1
