@@ -18,7 +18,6 @@ from moeprune.files import (
     refuse_existing,
     sha256_bytes,
     sha256_file,
-    write_atomic,
     write_together,
 )
 from support import tree
@@ -195,7 +194,7 @@ def fsync(handle):
 os.fsync = fsync
 out = Path(sys.argv[1])
 if out.suffix:
-    files.write_atomic(out, b"new" * 100_000, force=True)
+    files.write_together({out: b"new" * 100_000}, force=True)
 else:
     with files.new_directory(out, force=True) as work:
         (work / "moeprune.json").write_text("new")
@@ -229,18 +228,18 @@ def test_killed_in_the_middle(tmp_path: Path, name: str, when: str, existing: bo
 
 
 def test_file_is_written(tmp_path: Path) -> None:
-    write_atomic(tmp_path / "new" / "plan.json", b"content")
+    write_together({tmp_path / "new" / "plan.json": b"content"})
     assert (tmp_path / "new" / "plan.json").read_bytes() == b"content"
     assert tree(tmp_path).keys() == {"new", "new/plan.json"}
 
 
 def test_existing_file_needs_force(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    write_atomic(path, b"old")
+    write_together({path: b"old"})
     with pytest.raises(OutputError, match="output exists"):
-        write_atomic(path, b"new")
+        write_together({path: b"new"})
     assert path.read_bytes() == b"old"
-    write_atomic(path, b"new", force=True)
+    write_together({path: b"new"}, force=True)
     assert path.read_bytes() == b"new"
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
@@ -281,7 +280,7 @@ def test_files_together_are_refused_together(tmp_path: Path) -> None:
 def test_full_disk_leaves_no_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="disk full"):
-        write_atomic(tmp_path / "a" / "b" / "plan.json", b"x")
+        write_together({tmp_path / "a" / "b" / "plan.json": b"x"})
     assert tree(tmp_path) == {}
 
 

@@ -155,11 +155,6 @@ def _replace(work: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_atomic(path: Path, content: bytes, force: bool = False) -> None:
-    """Write ``content`` to ``path`` through a temporary file in the same directory."""
-    write_together({path: content}, force)
-
-
 def write_together(contents: Mapping[Path, bytes], force: bool = False) -> None:
     """Write files of one directory: no old one is touched before all new ones are on the disk."""
     for path in contents:

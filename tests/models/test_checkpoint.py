@@ -55,7 +55,6 @@ def test_reads_what_safetensors_reads(copy: Path) -> None:
         assert torch.equal(found.read(name), tensor)
     assert found.numel == sum(tensor.numel() for tensor in expected.values())
     assert found.nbytes == 4 * found.numel
-    assert found.file_bytes == sum(f.stat().st_size for f in copy.glob("*.safetensors"))
     assert found.config == json.loads((copy / "config.json").read_text())
     assert [file.name for file in found.other_files()] == ["generation_config.json"]
 
@@ -199,7 +198,7 @@ def test_name_twice_in_one_header(tmp_path: Path) -> None:
     entry = '"x":{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
     header = "{" + entry % (0, 4) + "," + entry % (4, 8) + "}"
     join(tmp_path / "a.safetensors", header.encode(), bytes(8))
-    with pytest.raises(CheckpointError, match="damaged file"):
+    with pytest.raises(CheckpointError, match="stands there twice"):
         read_header(tmp_path / "a.safetensors")
 
 

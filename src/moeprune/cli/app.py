@@ -49,16 +49,6 @@ _UsageError: Any = typer.BadParameter.__bases__[0]  # typer exports no name for 
 _INTERRUPTED = 130
 
 
-def _tell_default_text(model: str, data: list[str] | None) -> None:
-    if not data and model != "demo":
-        output.note("read the embedded text (six domains); give your own with --data")
-
-
-def _tell_warnings(warnings: Any) -> None:
-    for text in warnings:
-        output.note(f"warning: {text}")
-
-
 @app.command()
 def inspect(model: Model, as_json: AsJson = False) -> None:
     """Say what a checkpoint is, without reading its weights.
@@ -110,7 +100,7 @@ def calibrate(
             force,
             progress,
         )
-    _tell_default_text(model, data)
+    output.tell_default_text(model, data)
     if as_json:
         output.print_json({"path": str(out), **store.manifest})
     else:
@@ -181,8 +171,8 @@ def plan(
         )
     stages.save_plan(made, out, force)
     if statistics is None and made.statistics:
-        _tell_default_text(model, data)
-    _tell_warnings(made.warnings)
+        output.tell_default_text(model, data)
+    output.tell_warnings(made.warnings)
     if as_json:
         output.print_json({"path": str(out), **made.to_json(None)})
     else:
@@ -215,18 +205,7 @@ def apply(
 
     with output.progress_bars() as progress:
         sizes = stages.apply(model, plan, out, force, progress)
-    _print_sizes(out, sizes, {}, as_json)
-
-
-def _print_sizes(out: Path, sizes: Any, more: dict[str, Any], as_json: bool) -> None:
-    facts = {
-        name: list(getattr(sizes, name)) for name in ("experts", "parameters", "nonzero", "bytes")
-    }
-    if as_json:
-        output.print_json({"path": str(out), **facts, **more})
-    else:
-        shown = {name: f"{before:,} -> {after:,}" for name, (before, after) in facts.items()}
-        output.print_facts(f"wrote {out}", {**shown, **more})
+    output.print_sizes(out, sizes, {}, as_json)
 
 
 @app.command()
@@ -271,13 +250,13 @@ def prune(
             progress,
         )
     if statistics is None and done.plan.statistics:
-        _tell_default_text(model, data)
-    _tell_warnings(done.plan.warnings)
+        output.tell_default_text(model, data)
+    output.tell_warnings(done.plan.warnings)
     more = {
         "seconds": {name: round(value, 2) for name, value in done.seconds.items()},
         "peak_memory_bytes": done.peak_memory_bytes,
     }
-    _print_sizes(out, done.sizes, more, as_json)
+    output.print_sizes(out, done.sizes, more, as_json)
 
 
 @app.command()
@@ -318,7 +297,7 @@ def evaluate(
             "domain": domain,
             **{name: "–" if score[name] is None else f"{score[name]:.4g}" for name in names},
         }
-        for domain, score in [*result["domains"].items()]
+        for domain, score in result["domains"].items()
     ]
     output.print_rows(f"{result['model']} ({result['dtype']})", rows)
     if result["kl"] is not None:
@@ -385,7 +364,7 @@ def demo(
     output.print_rows("what was kept, lost and spent", output.run_rows(result["rows"]))
     output.print_rows("held-out perplexity by domain", output.perplexity_rows(result["rows"]))
     for row in result["rows"]:
-        _tell_warnings(f"{row['name']}: {text}" for text in row["warnings"])
+        output.tell_warnings(f"{row['name']}: {text}" for text in row["warnings"])
     output.OUT.print(f"report: {out / REPORT}   ({result['seconds']:.0f} s)", soft_wrap=True)
 
 

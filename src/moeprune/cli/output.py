@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
@@ -147,3 +148,27 @@ def _number(value: float | None, form: str) -> str:
     if value is None:
         return "–"
     return f"{value / 2**20:.0f} MiB" if form == "bytes" else format(value, form)
+
+
+def tell_default_text(model: str, data: list[str] | None) -> None:
+    """Say that the embedded text was read, where the user gave none."""
+    if not data and model != "demo":
+        note("read the embedded text (six domains); give your own with --data")
+
+
+def tell_warnings(warnings: Iterable[str]) -> None:
+    """Warnings of a plan, one a line."""
+    for text in warnings:
+        note(f"warning: {text}")
+
+
+def print_sizes(out: Path, sizes: Any, more: dict[str, Any], as_json: bool) -> None:
+    """What an edit did to the size of a model."""
+    facts = {
+        name: list(getattr(sizes, name)) for name in ("experts", "parameters", "nonzero", "bytes")
+    }
+    if as_json:
+        print_json({"path": str(out), **facts, **more})
+    else:
+        shown = {name: f"{before:,} -> {after:,}" for name, (before, after) in facts.items()}
+        print_facts(f"wrote {out}", {**shown, **more})

@@ -130,7 +130,7 @@ class MoEITS(Method):
                 "the router needs; kept that many"
             )
         if shape.groups > 1:
-            # the prefix of the order that leaves every group the same number
+            # as many as tau removes, rounded down to the same number from every group
             even = shape.experts - len(gone) + len(gone) % shape.groups
             return closest_pair_order(similarity_EE, even, shape.groups)
         return gone

@@ -86,13 +86,13 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(_MAX_HEADER, size - 8):
                 raise _bad(file, "truncated, or not a safetensors file")
-            header = json.loads(handle.read(length))
+            header = json.loads(handle.read(length), object_pairs_hook=_without_repetition)
     except FileNotFoundError:
         raise CheckpointError(
             f"missing shard {file}", "download or copy the checkpoint again"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise _bad(file, "its header is not JSON") from error
+        raise _bad(file, f"its header is not JSON: {str(error)[:80]}") from error
     if not isinstance(header, dict):
         raise _bad(file, "its header is not an object")
     metadata = header.pop("__metadata__", {})
@@ -222,11 +222,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of the weight files on disk."""
-        return sum(shard.stat().st_size for shard in self.shards)
 
     @property
     def numel(self) -> int:

@@ -35,7 +35,6 @@ class MoESite:
         layer: index of the decoder layer.
         experts_name: qualified name of the experts module.
         experts: the module (on the meta device until its layer is loaded).
-        router_name: qualified name of the router module.
         router: the module.
         shape: the sizes.
         router_tensors: what has to be sliced when experts go.
@@ -44,7 +43,6 @@ class MoESite:
     layer: int
     experts_name: str
     experts: nn.Module
-    router_name: str
     router: nn.Module
     shape: LayerShape
     router_tensors: tuple[RouterTensor, ...]
@@ -87,7 +85,6 @@ def _site(model: nn.Module, layer: int, name: str, experts: nn.Module, config: A
         layer,
         name,
         experts,
-        f"{block_name}.{router_attr}",
         router,
         shape,
         _router_tensors(block_name, block, router_attr, router, shape),
