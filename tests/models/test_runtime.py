@@ -21,9 +21,9 @@ from moeprune.core.shapes import LayerShape
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.models import quirks, runtime
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.generated import MODELING_FILE, NOVICE_FILE
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.runtime import MODELING_FILE, RUNTIME_FILE
 from moeprune.models.surgery import Sizes, apply_plan
 from moeprune.models.walk import Batch, Walk
 from support import (
@@ -204,7 +204,7 @@ def test_saves_what_it_loaded(model_type: str, cases: Cases, tmp_path: Path) -> 
     }
     for file in (
         MODELING_FILE,
-        RUNTIME_FILE,
+        NOVICE_FILE,
     ):  # transformers copies the code of remote classes only
         (tmp_path / "again" / file).write_bytes((case.path / file).read_bytes())
     opened = runtime.load(tmp_path / "again")

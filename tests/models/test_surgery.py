@@ -491,10 +491,6 @@ def _layers(plan: Plan, change: Callable[[LayerPlan], LayerPlan], only: Iterable
     return replace(plan, layers=layers)
 
 
-def _fewer(layer: LayerPlan) -> LayerPlan:
-    return replace(layer, keep=layer.keep[:-1])
-
-
 BAD: Mapping[str, tuple[str, Callable[[Plan], Plan], str]] = {
     "another model": (
         "mixtral",
@@ -502,12 +498,6 @@ BAD: Mapping[str, tuple[str, Callable[[Plan], Plan], str]] = {
         "made for another model",
     ),
     "no fingerprint": ("mixtral", lambda p: replace(p, model={}), "made for another model"),
-    "unequal counts": ("mixtral", lambda p: _layers(p, _fewer, [1]), "between 5 and 6 experts"),
-    "a layer left out": (
-        "mixtral",
-        lambda p: replace(p, layers={i: x for i, x in p.layers.items() if i != 2}),
-        "between 6 and 8 experts",
-    ),
     "fewer than top-k": (
         "mixtral",
         lambda p: _layers(p, lambda x: replace(x, keep=(3,)), p.layers),

@@ -25,10 +25,11 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moeprune.errors import CheckpointError, UnsupportedModelError
+from moeprune.models import uneven_runtime
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.generated import novice_class
 from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
-from moeprune.models.runtime import novice_class
-from moeprune.models.sites import MoESite, find_sites, is_experts
+from moeprune.models.sites import MoESite, find_sites, is_experts, is_uneven, resize_facts
 
 RESIDENT = -1
 """Key of the tensors outside the decoder layers: embeddings, final norm, head."""
@@ -41,6 +42,8 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
         cls = novice_class(cls)
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         model: nn.Module = cls._from_config(config, dtype=dtype).eval()
+        if is_uneven(config):
+            uneven_runtime.install(model, **resize_facts(model, find_layers(model)[0]))
     return model
 
 

@@ -33,3 +33,22 @@ REFUSED = {
 
 REFUSED_LAYERS = {"tid2eid": "some layers choose experts by a table over token ids (planned)"}
 """Router tensors that make an edit of the expert list wrong, with the reason."""
+
+PADDABLE = frozenset({
+    "afmoe", "deepseek_v3", "dots1", "exaone_moe", "glm4_moe", "gpt_oss", "hy_v3", "kolibri1",
+    "laguna", "lfm2_moe", "minimax_m2", "nemotron_h", "solar_open",
+})  # fmt: skip
+"""Model types whose router adds a bias to independent scores before the top-k, so that a pad with
+a bias of -1e9 is never chosen and changes no other expert's weight."""
+
+OWN_COUNTS = frozenset({"dots3_note_text", "gemma4_text"})
+"""Model types whose configuration asks for equal ``per_layer_config`` entries in all layers with
+the same kind of attention: numbers of experts per layer stand in ``experts_per_layer`` instead."""
+
+UNEVEN_REFUSED: dict[str, str] = {}
+"""Model types whose layers must all have the same number of experts, with the reason."""
+
+KERNEL_COUNTS = {
+    "deepseek_v4": frozenset({*(2**n for n in range(10)), 192, 320, 384, 448, 576}),
+}
+"""Numbers of experts for which a server's fused router kernel was built, by model type."""

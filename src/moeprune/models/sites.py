@@ -140,3 +140,47 @@ def _router_tensors(
 
 def _tensors(module: nn.Module, recurse: bool) -> list[tuple[str, Any]]:
     return [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+
+
+def count_key(config: Any) -> str:
+    """The name under which a transformers configuration holds the number of experts.
+
+    Raises:
+        UnsupportedModelError: there is none that we know.
+    """
+    text = text_config(config)
+    for key in quirks.EXPERT_COUNT_KEYS:
+        name = text.attribute_map.get(key, key)
+        if isinstance(vars(text).get(name), int):
+            return str(name)
+    raise UnsupportedModelError(f"{text.model_type}: its number of experts was not found")
+
+
+def is_uneven(config: Any) -> bool:
+    """Whether a transformers configuration gives layers different numbers of experts."""
+    text = text_config(config)
+    if getattr(text, "experts_per_layer", None):
+        return True
+    return text.is_heterogeneous and count_key(config) in text.per_layer_attributes
+
+
+def resize_facts(model: nn.Module, layer_prefix: str) -> dict[str, Any]:
+    """What ``uneven_runtime.install`` must know of a model, as its keyword arguments.
+
+    Raises:
+        UnsupportedModelError: layers hold their experts under different names.
+    """
+    router: dict[str, int] = {}
+    experts = set()
+    for index, site in sorted(find_sites(model, layer_prefix).items()):
+        layer = f"{layer_prefix}.{index}."
+        experts.add(site.experts_name.removeprefix(layer))
+        router |= {t.name.removeprefix(layer): t.dim for t in site.router_tensors}
+    if len(experts) != 1:
+        raise UnsupportedModelError("its layers hold their experts under different names")
+    return {
+        "layers": layer_prefix,
+        "experts": experts.pop(),
+        "router": router,
+        "count": count_key(model.config),
+    }
