@@ -29,6 +29,7 @@ from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
 from moeprune.models.runtime import novice_class
 from moeprune.models.sites import MoESite, find_sites, is_experts
+from moeprune.models.special import describe
 
 RESIDENT = -1
 """Key of the tensors outside the decoder layers: embeddings, final norm, head."""
@@ -41,6 +42,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
         cls = novice_class(cls)
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         model: nn.Module = cls._from_config(config, dtype=dtype).eval()
+    describe(model)
     return model
 
 

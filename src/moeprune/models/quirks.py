@@ -20,16 +20,38 @@ PER_EXPERT_NAMES = (
 """Last part of the name of router tensors that have one entry per expert; a matrix called
 ``weight`` has one row per expert. Any other router tensor of that size is refused."""
 
+ROUTER_TENSORS = {"ZayaRouter": ("router_mlp.out_proj.weight", "balancing_biases")}
+"""Router classes that are networks: which of their tensors have one row per expert. In others they
+are found by their sizes."""
+
+LOGITS_POSITION = {"Llama4Router": 1}
+"""Router classes whose logits are not the first of their outputs: which one."""
+
+EXPERT_TABLES = ("tid2eid",)
+"""Last part of the name of router tensors [V, K] that choose experts by token id."""
+
+UNDECORATED = {
+    "DbrxExperts": {"is_transposed": False},
+    "LongcatFlashExperts": {"is_transposed": False},
+    "Llama4TextExperts": {"is_transposed": True},
+}
+"""Experts classes without transformers' experts interface: the flags that say how they store their
+matrices, where they differ from those of a gated expert without biases."""
+
+FLAT_MATRICES = {"DbrxExperts": {"mlp.w1": ("gate", -1), "mlp.v1": ("up", -1), "mlp.w2": ("down", -2)}}
+"""Experts classes that store a matrix of all experts as one, [E * I, H]: each parameter's role, and
+the axis of the inputs."""
+
 REFUSED = {
     "doge": "its experts are rows of embeddings found by product keys, not networks",
     "jetmoe": "it routes attention experts as well, and its experts have their own layout",
-    "dbrx": "its experts are stored as one matrix for all experts (planned)",
-    "llama4": "its router scales the experts' inputs, all experts run densely (planned)",
-    "llama4_text": "its router scales the experts' inputs, all experts run densely (planned)",
-    "longcat_flash": "its router has identity experts and no experts interface (planned)",
-    "zaya": "its router is a network, and transformers resets its biases (planned)",
+    "llama4": "it is taken apart only as its text model, llama4_text (planned)",
 }
-"""Model types whose experts are not pruned yet, with the reason that the user is told."""
+"""Model types whose experts are not pruned, with the reason that the user is told."""
 
-REFUSED_LAYERS = {"tid2eid": "some layers choose experts by a table over token ids (planned)"}
-"""Router tensors that make an edit of the expert list wrong, with the reason."""
+NOVICES_REFUSED = {
+    "dbrx": "all its experts are one matrix, which the runtime of novices cannot shrink",
+    "llama4_text": "its router scales an expert's input, so no constant times the gate replaces one",
+    "longcat_flash": "its identity experts take the ids after the last expert, as novices would",
+}
+"""Model types whose experts are deleted and masked but not replaced by constants, and why."""

@@ -17,17 +17,19 @@ from torch import Tensor
 
 from moeprune.core.budget import least_kept
 from moeprune.core.ops.masks import nm_keep_mask, prune_count, row_keep_mask
+from moeprune.core.ops.tables import redirect_table
 from moeprune.core.plan import LayerPlan, MaskEdit, Plan
 from moeprune.core.shapes import LayerShape
-from moeprune.errors import PlanError, UnsupportedModelError
+from moeprune.errors import CheckpointError, PlanError, UnsupportedModelError
 from moeprune.files import json_bytes, new_directory, sha256_bytes
 from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.native import native_class
+from moeprune.models.native import native_class, text_config
 from moeprune.models.runtime import MODELING_FILE, modeling_files
 from moeprune.models.sites import MoESite
+from moeprune.models.special import matrix_role, stacked
 from moeprune.models.writer import Piece, computed, copied, given, sliced, write_shards
 
 PROVENANCE = "moeprune.json"
@@ -120,6 +122,7 @@ def check_plan(model: LayeredModel, plan: Plan) -> None:
         )
     shapes = {index: site.shape for index, site in model.sites.items()}
     plan.check(shapes)
+    check_novices(model, plan.layers)
     counts = {}
     for index, shape in shapes.items():
         layer = plan.layers.get(index)
@@ -138,6 +141,17 @@ def check_plan(model: LayeredModel, plan: Plan) -> None:
             f"the plan keeps between {least} and {max(counts.values())} experts per layer; "
             "stock model classes need the same number in every layer",
             f"plan with --keep {least} or a --ratio, or edit the plan to equal counts",
+        )
+
+
+def check_novices(model: LayeredModel, layers: Mapping[int, LayerPlan]) -> None:
+    """Raise ``UnsupportedModelError`` if experts of this family cannot become constants."""
+    kind = text_config(model.config).model_type
+    reason = quirks.NOVICES_REFUSED.get(kind)
+    if reason is not None and any(layer.replaced for layer in layers.values()):
+        raise UnsupportedModelError(
+            f"experts of {kind} cannot be replaced by constants: {reason}",
+            "delete experts instead (moeits), or zero weights (moe-pruner)",
         )
 
 
@@ -190,16 +204,29 @@ class _Surgeon:
             # rows beyond E are not experts' (shared, zero or skip classes): they stay
             extra = range(layer.experts, info.shape[tensor.dim])
             return [sliced(key, info, tensor.dim, [*layer.keep, *extra])]
+        if tensor.role == "table":
+            return [self._table(key, layer) if layer.dropped else copied(key, info)]
         if tensor.expert is not None:
-            if tensor.expert not in layer.keep:
+            if tensor.expert in (*layer.dropped, *layer.replaced):
                 return []
-            number = layer.keep.index(tensor.expert) if layer.dropped else tensor.expert
+            number = tensor.expert - sum(e < tensor.expert for e in layer.dropped)
             piece, experts = copied(tensor.renamed(number), info), [tensor.expert]
         else:
-            piece, experts = sliced(key, info, 0, layer.keep), list(layer.keep)
+            piece = sliced(key, info, 0, layer.keep, tensor.rows)
+            experts = list(layer.keep)
         if layer.mask is not None and _is_masked(layer.mask, tensor.role):
             piece = self._mask(piece, tensor, layer.mask, experts)
         return [piece]
+
+    def _table(self, key: str, layer: LayerPlan) -> Piece:
+        def make() -> Tensor:
+            table_VK = self.checkpoint.read(key)
+            try:
+                return redirect_table(table_VK, layer.keep, layer.experts)
+            except ValueError as error:
+                raise CheckpointError(f"{key}: {error}") from error
+
+        return computed(copied(key, self.checkpoint.tensors[key]), make)
 
     def _novices(self, layer: LayerPlan, tensor: DiskTensor) -> list[Piece]:
         assert layer.novices_NH is not None
@@ -222,6 +249,8 @@ class _Surgeon:
 
         def make() -> Tensor:
             weight = self.checkpoint.read(tensor.key)
+            if tensor.rows > 1:
+                weight = weight.view(-1, tensor.rows, weight.shape[-1])
             if tensor.expert is None:
                 weight = weight[experts]
             rows = weight if tensor.input_dim == -1 else weight.transpose(-1, -2)
@@ -298,7 +327,7 @@ def zero_masked(weight_OI: Tensor, mask: MaskEdit, role: str, expert: int) -> No
 
 
 def _zeros(mask: MaskEdit, shape: tuple[int, ...], tensor: DiskTensor) -> int:
-    width = shape[tensor.input_dim]
+    width = shape[tensor.input_dim] if tensor.input_dim == -1 or tensor.rows == 1 else tensor.rows
     if mask.pattern is not None:
         per_row = width // mask.pattern[1] * mask.pattern[0]
     else:
@@ -312,16 +341,17 @@ def mask_in_memory(site: MoESite, layer: LayerPlan) -> None:
     mask, experts = layer.mask, site.experts
     if mask is None:
         return
-    names = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        role = names.get(name)
+    for name, parameter in list(experts.named_parameters()):
+        role = matrix_role(experts, name)
         if role is None or not _is_masked(mask, role):
             continue
         weight = parameter.data.clone()  # the loaded tensor may be the mapped file itself
-        rows = weight.transpose(-1, -2) if experts.is_transposed else weight
+        rows_EOI = stacked(experts, name, weight)
         for expert in layer.keep:
-            zero_masked(rows[expert], mask, role, expert)
-        setattr(experts, name, torch.nn.Parameter(weight, requires_grad=False))
+            zero_masked(rows_EOI[expert], mask, role, expert)
+        owner, _, last = name.rpartition(".")
+        masked = torch.nn.Parameter(weight, requires_grad=False)
+        setattr(experts.get_submodule(owner), last, masked)
 
 
 def _set_expert_count(config: dict[str, Any], before: int, after: int) -> None:

@@ -54,13 +54,16 @@ def copied(name: str, info: TensorInfo) -> Piece:
     return Piece(name, info.dtype, info.shape, info.nbytes, lambda: _read(info.file, ranges))
 
 
-def sliced(name: str, info: TensorInfo, dim: int, ids: Sequence[int]) -> Piece:
-    """``tensor.index_select(dim, ids)``, byte for byte, whatever the dtype."""
-    outer, length = 1, info.shape[dim]
+def sliced(name: str, info: TensorInfo, dim: int, ids: Sequence[int], rows: int = 1) -> Piece:
+    """``tensor.index_select(dim, ids)``, byte for byte, whatever the dtype.
+
+    With ``rows``, ids count runs of so many entries along ``dim``.
+    """
+    outer, length = 1, info.shape[dim] // rows
     for size in info.shape[:dim]:
         outer *= size
     inner = info.nbytes // (outer * length) if outer * length else 0
-    shape = (*info.shape[:dim], len(ids), *info.shape[dim + 1 :])
+    shape = (*info.shape[:dim], len(ids) * rows, *info.shape[dim + 1 :])
     ranges = [
         (info.begin + (o * length + e) * inner, info.begin + (o * length + e + 1) * inner)
         for o in range(outer)

@@ -17,7 +17,7 @@ from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.sites import MoESite
 from moeprune.models.store import StatisticsStore, same_model, versions
-from moeprune.models.surgery import mask_in_memory
+from moeprune.models.surgery import check_novices, mask_in_memory
 from moeprune.pipeline.calibration import observe
 from moeprune.pipeline.inputs import (
     Compute,
@@ -75,6 +75,13 @@ def plan(
         layers, facts = _plan_sequentially(chosen, model, views, context, text, compute, progress)
     else:
         layers = chosen.plan_model(views, context)
+    check_novices(model, layers)
+    tables = [t.layer for t in layout.values() if t.role == "table" and layers[t.layer].dropped]
+    if tables:
+        warnings.append(
+            f"layers {', '.join(map(str, sorted(tables)))} choose experts by token id: entries of "
+            "deleted experts are redirected to the least used of those that stay"
+        )
     result = Plan(
         layers=layers,
         method=chosen.name,
