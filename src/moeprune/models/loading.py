@@ -38,6 +38,8 @@ RESIDENT = -1
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model with parameters on meta and real buffers (rotary tables, correction biases)."""
     cls = native_class(config)
+    if cls.config_class is type(text_config(config)):
+        config = text_config(config)  # as AutoModelForCausalLM does where there is a tower as well
     if getattr(text_config(config), "approximate_experts", None):
         cls = novice_class(cls)
     with quiet_transformers(), init_empty_weights(include_buffers=False):

@@ -217,7 +217,9 @@ def _observe_longcat(self: Any, x_TH: Tensor, index_TK: Tensor, gate_TK: Tensor)
 
 def _observe_zaya(self: Any, x_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
     """The router hands a token that skips the experts to expert 0, with the gate 0."""
-    return observe_experts(self, x_TH, index_TK.masked_fill(gate_TK == 0, self.num_experts), gate_TK)
+    return observe_experts(
+        self, x_TH, index_TK.masked_fill(gate_TK == 0, self.num_experts), gate_TK
+    )
 
 
 def _observe_llama4(self: Any, scaled_SH: Tensor) -> Tensor:

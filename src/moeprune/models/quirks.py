@@ -30,28 +30,25 @@ LOGITS_POSITION = {"Llama4Router": 1}
 EXPERT_TABLES = ("tid2eid",)
 """Last part of the name of router tensors [V, K] that choose experts by token id."""
 
-UNDECORATED = {
-    "DbrxExperts": {"is_transposed": False},
-    "LongcatFlashExperts": {"is_transposed": False},
-    "Llama4TextExperts": {"is_transposed": True},
-}
-"""Experts classes without transformers' experts interface: the flags that say how they store their
-matrices, where they differ from those of a gated expert without biases."""
+UNDECORATED = {"DbrxExperts": False, "LongcatFlashExperts": False, "Llama4TextExperts": True}
+"""Experts classes without transformers' experts interface, and whether they store their matrices
+transposed. All have gates and no biases; their gate and up matrices are not interleaved."""
 
-FLAT_MATRICES = {"DbrxExperts": {"mlp.w1": ("gate", -1), "mlp.v1": ("up", -1), "mlp.w2": ("down", -2)}}
+FLAT_MATRICES = {
+    "DbrxExperts": {"mlp.w1": ("gate", -1), "mlp.v1": ("up", -1), "mlp.w2": ("down", -2)}
+}
 """Experts classes that store a matrix of all experts as one, [E * I, H]: each parameter's role, and
 the axis of the inputs."""
 
 REFUSED = {
     "doge": "its experts are rows of embeddings found by product keys, not networks",
     "jetmoe": "it routes attention experts as well, and its experts have their own layout",
-    "llama4": "it is taken apart only as its text model, llama4_text (planned)",
 }
 """Model types whose experts are not pruned, with the reason that the user is told."""
 
 NOVICES_REFUSED = {
     "dbrx": "all its experts are one matrix, which the runtime of novices cannot shrink",
-    "llama4_text": "its router scales an expert's input, so no constant times the gate replaces one",
+    "llama4_text": "its router scales what goes into an expert, not what comes out",
     "longcat_flash": "its identity experts take the ids after the last expert, as novices would",
 }
 """Model types whose experts are deleted and masked but not replaced by constants, and why."""

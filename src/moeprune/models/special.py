@@ -18,14 +18,13 @@ def describe(model: nn.Module) -> None:
 
     Forward passes are not changed: flags only say how the matrices are stored.
     """
+    module: Any
     for module in model.modules():
-        special = quirks.UNDECORATED.get(type(module).__name__)
-        if special is None:
-            continue
-        flags = {"has_gate": True, "has_bias": False, "has_post_expert_norm": False}
-        for name, value in {**flags, "is_concatenated": True, **special}.items():
-            setattr(module, name, value)
-        module._apply_gate = MethodType(_apply_gate, module)
+        if type(module).__name__ in quirks.UNDECORATED:
+            module.is_transposed = quirks.UNDECORATED[type(module).__name__]
+            module.has_gate = module.is_concatenated = True
+            module.has_bias = module.has_post_expert_norm = False
+            module._apply_gate = MethodType(_apply_gate, module)
 
 
 def _apply_gate(experts: Any, gate_up_nJ: Tensor) -> Tensor:
