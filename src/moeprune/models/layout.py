@@ -117,6 +117,8 @@ def _router_tensor(key: str, name: str, info: TensorInfo, site: MoESite) -> Disk
                 raise UnsupportedModelError(f"{key}: {list(info.shape)} is not the router's shape")
             return DiskTensor(key, site.shape.layer, "router", None, tensor.dim)
     if name.rpartition(".")[2] in quirks.EXPERT_TABLES:
+        if len(info.shape) != 2:
+            raise UnsupportedModelError(f"{key}: {list(info.shape)} is not a table's shape")
         return DiskTensor(key, site.shape.layer, "table", None)
     return None
 

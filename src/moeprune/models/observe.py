@@ -176,6 +176,7 @@ def _interface_expert(experts: Any, e: int, x_nH: Tensor) -> tuple[Tensor, Tenso
 
 
 def _flat_expert(experts: Any, e: int, x_nH: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for DBRX, whose matrices are rows of one."""
     by_role = {
         role: stacked(experts, name, experts.get_parameter(name))[e]
         for name, (role, _) in flat_matrices(experts).items()

@@ -76,10 +76,13 @@ def plan(
     else:
         layers = chosen.plan_model(views, context)
     check_novices(model, layers)
-    tables = [t.layer for t in layout.values() if t.role == "table" and layers[t.layer].dropped]
+    smaller = {index for index, layer in layers.items() if layer.dropped}
+    tables = sorted(
+        {tensor.layer for tensor in layout.values() if tensor.role == "table"} & smaller
+    )
     if tables:
         warnings.append(
-            f"layers {', '.join(map(str, sorted(tables)))} choose experts by token id: entries of "
+            f"layers {', '.join(map(str, tables))} choose experts by token id: entries of "
             "deleted experts are redirected to the least used of those that stay"
         )
     result = Plan(
