@@ -40,7 +40,9 @@ from support import (
 )
 
 EDITABLE = [
-    name for name in moe_model_types() if name not in quirks.REFUSED and name != "deepseek_v4"
+    name
+    for name in moe_model_types()
+    if name not in quirks.REFUSED and name not in quirks.NOVICES_REFUSED
 ]
 editable = pytest.mark.parametrize("model_type", EDITABLE)
 
@@ -343,6 +345,16 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps({**config, "model_type": "mixtral9"}))
     with pytest.raises(UnsupportedModelError, match="mixtral9"):
         runtime.load(directory)
+
+
+@pytest.mark.parametrize("model_type", quirks.NOVICES_REFUSED)
+def test_experts_that_cannot_be_replaced(
+    model_type: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        make(tiny(model_type), tmp_path / "out", with_novices)
+    assert quirks.NOVICES_REFUSED[model_type] in caught.value.problem
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_novice_checkpoint_is_not_edited_again(cases: Cases, tmp_path: Path) -> None:

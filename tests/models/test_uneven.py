@@ -39,11 +39,7 @@ from support import (
 Tiny = Callable[[str], Path]
 
 
-def _editable(model_type: str) -> bool:
-    return model_type not in quirks.REFUSED and model_type != "deepseek_v4"
-
-
-EDITABLE = [name for name in moe_model_types() if _editable(name)]
+EDITABLE = [name for name in moe_model_types() if name not in quirks.REFUSED]
 UNEVEN = [name for name in EDITABLE if name not in quirks.UNEVEN_REFUSED]
 uneven = pytest.mark.parametrize("model_type", UNEVEN)
 

@@ -16,6 +16,7 @@ from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import UnsupportedModelError
 from moeprune.models import quirks
 from moeprune.models.native import text_config
+from moeprune.models.special import expert_sizes
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,7 @@ def _site(model: nn.Module, layer: int, name: str, experts: nn.Module, config: A
 
 
 def _shape(layer: int, experts: nn.Module, config: Any) -> LayerShape:
-    down = experts.down_proj
-    E = int(down.shape[0])  # type: ignore[index]
-    a, b = (int(n) for n in down.shape[1:])  # type: ignore[index]
-    hidden, intermediate = (b, a) if experts.is_transposed else (a, b)
+    E, hidden, intermediate = expert_sizes(experts)
     groups = getattr(config, "n_group", None) or 1
     if getattr(config, "topk_method", None) == "greedy":
         groups = 1  # DeepSeek-V2: the key exists but the router ignores it
@@ -113,10 +111,11 @@ def _shape(layer: int, experts: nn.Module, config: Any) -> LayerShape:
 
 def top_k(config: Any) -> int:
     """K, from whichever key the family uses."""
-    for key in quirks.TOP_K_KEYS:
-        value = getattr(config, key, None)
-        if isinstance(value, int):
-            return value
+    for part in (config, getattr(config, "ffn_config", None)):
+        for key in quirks.TOP_K_KEYS:
+            value = getattr(part, key, None)
+            if isinstance(value, int):
+                return value
     raise UnsupportedModelError(f"no top-k in the configuration of {config.model_type}")
 
 
@@ -124,6 +123,11 @@ def _router_tensors(
     block_name: str, block: nn.Module, router_attr: str, router: nn.Module, shape: LayerShape
 ) -> tuple[RouterTensor, ...]:
     """Router tensors with one entry per expert; extra rows (shared, zero experts) come last."""
+    named = quirks.ROUTER_TENSORS.get(type(router).__name__)
+    if named is not None:
+        tensors = {n: t for n, t in _tensors(router, recurse=True) if n in named}
+        prefix = f"{block_name}.{router_attr}"
+        return tuple(RouterTensor(f"{prefix}.{n}", 0, len(t)) for n, t in tensors.items())
     inside = [(f"{block_name}.{router_attr}.{n}", t) for n, t in _tensors(router, recurse=True)]
     beside = [(f"{block_name}.{n}", t) for n, t in _tensors(block, recurse=False)]
     rows = [t.shape[0] for n, t in inside if t.ndim == 2 and n.endswith("weight")]

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from moeprune.core.budget import least_kept
 from moeprune.core.ops.masks import nm_keep_mask, prune_count, row_keep_mask
+from moeprune.core.ops.tables import redirect_table
 from moeprune.core.plan import LayerPlan, MaskEdit, Plan
 from moeprune.core.shapes import LayerShape
-from moeprune.errors import PlanError, UnsupportedModelError
+from moeprune.errors import CheckpointError, PlanError, UnsupportedModelError
 from moeprune.files import json_bytes, new_directory, sha256_bytes
+from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.counts import (
     PAD_BIAS,
@@ -39,8 +41,9 @@ from moeprune.models.generated import (
 )
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.native import native_class
+from moeprune.models.native import native_class, text_config
 from moeprune.models.sites import MoESite, resize_facts
+from moeprune.models.special import matrix_role, stacked
 from moeprune.models.writer import Piece, computed, copied, given, sliced, write_shards, zeros
 
 PROVENANCE = "moeprune.json"
@@ -155,6 +158,7 @@ def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
         )
     shapes = {index: site.shape for index, site in model.sites.items()}
     plan.check(shapes)
+    check_novices(model, plan.layers)
     for index, shape in shapes.items():
         layer = plan.layers.get(index)
         if layer is not None and layer.replaced and not layer.keep:
@@ -165,6 +169,17 @@ def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
         if layer is not None and layer.dropped:
             _check_router(layer, shape)
     refuse_uneven(model, kept_counts(shapes, plan), pad)
+
+
+def check_novices(model: LayeredModel, layers: Mapping[int, LayerPlan]) -> None:
+    """Raise ``UnsupportedModelError`` if experts of this family cannot become constants."""
+    kind = text_config(model.config).model_type
+    reason = quirks.NOVICES_REFUSED.get(kind)
+    if reason is not None and any(layer.replaced for layer in layers.values()):
+        raise UnsupportedModelError(
+            f"experts of {kind} cannot be replaced by constants: {reason}",
+            "delete experts instead (moeits), or zero weights (moe-pruner)",
+        )
 
 
 def _check_router(layer: LayerPlan, shape: LayerShape) -> None:
@@ -227,20 +242,40 @@ class _Surgeon:
             # rows beyond E are not experts' (shared, zero or skip classes): they stay
             extra = range(layer.experts, info.shape[tensor.dim])
             fill = 0.0 if info.numel != info.shape[tensor.dim] else PAD_BIAS
-            return [sliced(key, info, tensor.dim, [*slots, *extra], fill)]
-        if slots is None:
-            slots = layer.keep
-        if tensor.expert is None:
-            return [self._masked(sliced(key, info, 0, slots), tensor, layer, slots)]
-        if tensor.expert not in layer.keep:
+            return [sliced(key, info, tensor.dim, [*slots, *extra], fill=fill)]
+        if tensor.role == "table":
+            return [self._table(key, layer) if layer.dropped else copied(key, info)]
+        if tensor.expert is not None:
+            return self._numbered(tensor, layer)
+        slots = layer.keep if slots is None else slots
+        return [self._masked(sliced(key, info, 0, slots, tensor.rows), tensor, layer, slots)]
+
+    def _numbered(self, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
+        """A tensor of one expert under its new number, and after the first kept one the pads."""
+        assert tensor.expert is not None
+        if tensor.expert in (*layer.dropped, *layer.replaced):
             return []
-        number = tensor.expert if layer.replaced else slots.index(tensor.expert)
+        slots = self._slots.get(layer.layer, tuple(range(layer.experts)))
+        # ids from E on are identity experts, which stay behind the others
+        beyond = tensor.expert - layer.experts
+        number = len(slots) + beyond if beyond >= 0 else slots.index(tensor.expert)
+        info = self.checkpoint.tensors[tensor.key]
         piece = copied(tensor.renamed(number), info)
         found = [self._masked(piece, tensor, layer, (tensor.expert,))]
         if tensor.expert == layer.keep[0]:
             pads = [number for number, expert in enumerate(slots) if expert is None]
             found += [zeros(tensor.renamed(number), info) for number in pads]
         return found
+
+    def _table(self, key: str, layer: LayerPlan) -> Piece:
+        def make() -> Tensor:
+            table_VK = self.checkpoint.read(key)
+            try:
+                return redirect_table(table_VK, layer.keep, layer.experts)
+            except ValueError as error:
+                raise CheckpointError(f"{key}: {error}") from error
+
+        return computed(copied(key, self.checkpoint.tensors[key]), make)
 
     def _novices(self, layer: LayerPlan, tensor: DiskTensor) -> list[Piece]:
         assert layer.novices_NH is not None
@@ -266,6 +301,8 @@ class _Surgeon:
 
         def make() -> Tensor:
             weight = self.checkpoint.read(tensor.key)
+            if tensor.rows > 1:
+                weight = weight.view(-1, tensor.rows, weight.shape[-1])
             if tensor.expert is None:
                 weight = weight[[slot or 0 for slot in slots]]
             rows = weight if tensor.input_dim == -1 else weight.transpose(-1, -2)
@@ -344,7 +381,7 @@ def zero_masked(weight_OI: Tensor, mask: MaskEdit, role: str, expert: int) -> No
 
 
 def _zeros(mask: MaskEdit, shape: tuple[int, ...], tensor: DiskTensor) -> int:
-    width = shape[tensor.input_dim]
+    width = shape[tensor.input_dim] if tensor.input_dim == -1 or tensor.rows == 1 else tensor.rows
     if mask.pattern is not None:
         per_row = width // mask.pattern[1] * mask.pattern[0]
     else:
@@ -358,13 +395,14 @@ def mask_in_memory(site: MoESite, layer: LayerPlan) -> None:
     mask, experts = layer.mask, site.experts
     if mask is None:
         return
-    names = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        role = names.get(name)
+    for name, parameter in list(experts.named_parameters()):
+        role = matrix_role(experts, name)
         if role is None or not _is_masked(mask, role):
             continue
         weight = parameter.data.clone()  # the loaded tensor may be the mapped file itself
-        rows = weight.transpose(-1, -2) if experts.is_transposed else weight
+        rows_EOI = stacked(experts, name, weight)
         for expert in layer.keep:
-            zero_masked(rows[expert], mask, role, expert)
-        setattr(experts, name, torch.nn.Parameter(weight, requires_grad=False))
+            zero_masked(rows_EOI[expert], mask, role, expert)
+        owner, _, last = name.rpartition(".")
+        masked = torch.nn.Parameter(weight, requires_grad=False)
+        setattr(experts.get_submodule(owner), last, masked)

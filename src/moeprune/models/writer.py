@@ -55,18 +55,23 @@ def copied(name: str, info: TensorInfo) -> Piece:
 
 
 def sliced(
-    name: str, info: TensorInfo, dim: int, ids: Sequence[int | None], fill: float = 0.0
+    name: str,
+    info: TensorInfo,
+    dim: int,
+    ids: Sequence[int | None],
+    rows: int = 1,
+    fill: float = 0.0,
 ) -> Piece:
     """``tensor.index_select(dim, ids)``, byte for byte, whatever the dtype.
 
-    Where an id is None the entry's values are ``fill``; another than zero needs a floating dtype,
-    and is clipped to what it can hold.
+    With ``rows``, ids count runs of so many entries along ``dim``. Where an id is None the entry's
+    values are ``fill``; another than zero needs a floating dtype, and is clipped to its limits.
     """
-    outer, length = 1, info.shape[dim]
+    outer, length = 1, info.shape[dim] // rows
     for size in info.shape[:dim]:
         outer *= size
     inner = info.nbytes // (outer * length) if outer * length else 0
-    shape = (*info.shape[:dim], len(ids), *info.shape[dim + 1 :])
+    shape = (*info.shape[:dim], len(ids) * rows, *info.shape[dim + 1 :])
     pad = b"" if None not in ids else _filled(info.dtype, inner, fill)
     ranges = [
         pad

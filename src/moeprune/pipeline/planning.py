@@ -20,7 +20,7 @@ from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.sites import MoESite
 from moeprune.models.store import StatisticsStore, same_model, versions
-from moeprune.models.surgery import mask_in_memory
+from moeprune.models.surgery import check_novices, mask_in_memory
 from moeprune.pipeline.calibration import observe
 from moeprune.pipeline.inputs import (
     Compute,
@@ -82,7 +82,8 @@ def plan(
         layers = chosen.plan_model(views, context)
         if uniform:
             layers = _equalised(chosen, layers, views, context)
-    warnings += kernel_warnings(model, layers)
+    check_novices(model, layers)
+    warnings += [*kernel_warnings(model, layers), *_table_warnings(layout, layers)]
     result = Plan(
         layers=layers,
         method=chosen.name,
@@ -96,6 +97,17 @@ def plan(
     )
     result.check({index: site.shape for index, site in model.sites.items()})
     return result
+
+
+def _table_warnings(layout: Mapping[str, DiskTensor], layers: Mapping[int, LayerPlan]) -> list[str]:
+    smaller = {index for index, layer in layers.items() if layer.dropped}
+    tables = {tensor.layer for tensor in layout.values() if tensor.role == "table"} & smaller
+    if not tables:
+        return []
+    return [
+        f"layers {', '.join(map(str, sorted(tables)))} choose experts by token id: entries of "
+        "deleted experts are redirected to the least used of those that stay"
+    ]
 
 
 def _equalised(
