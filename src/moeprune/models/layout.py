@@ -6,8 +6,9 @@ per-expert and fused checkpoints, renamed and transposed ones are all read the s
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.quantised import ACTIVATION_SCALES, Quantised, read
 from moeprune.models.sites import MoESite
 
 _EXPERT_INDEX = re.compile(r"(?P<head>.*experts\.)(?P<expert>\d+)(?P<tail>\..*)")
@@ -30,12 +32,14 @@ class DiskTensor:
     Attributes:
         key: its name.
         layer: the MoE layer.
-        role: ``gate``, ``up``, ``down``, ``gate_up`` (both, fused), ``other`` (biases) or
-            ``router``.
+        role: ``gate``, ``up``, ``down``, ``gate_up`` (both, fused), ``other`` (biases, scales of
+            quantised weights) or ``router``.
         expert: whose it is, where experts are stored one by one; None where they are fused.
         dim: the axis with one entry per expert, where they are fused and for routers.
         input_dim: the axis of the matrix's inputs: -1, or -2 where it is stored transposed.
         interleaved: whether the rows of a ``gate_up`` alternate between gate and up.
+        quantised: the weight that it is a part of, if that is quantised; ``input_dim`` is then an
+            axis of the weight.
     """
 
     key: str
@@ -45,6 +49,7 @@ class DiskTensor:
     dim: int = 0
     input_dim: int = -1
     interleaved: bool = False
+    quantised: Quantised | None = None
 
     def renamed(self, expert: int) -> str:
         """The name under another expert's id."""
@@ -68,24 +73,83 @@ def expert_layout(model: LayeredModel) -> dict[str, DiskTensor]:
     """
     refuse(model)
     found: dict[str, DiskTensor] = {}
+    unknown: list[str] = []
     for key, info in model.checkpoint.tensors.items():
+        part = model.quantisation.parts.get(key)
+        if part is not None:
+            found |= _quantised(key, part, model)
+            continue
         name, pattern = model.target(key)
         if name is None:
-            if _EXPERT_INDEX.fullmatch(key):
-                raise UnsupportedModelError(
-                    f"{key} belongs to experts that transformers does not load "
-                    "(an attached prediction head?); editing them is not supported yet"
-                )
+            unknown.append(key)
             continue
-        site = model.sites.get(model.group(name))
-        if site is None:
-            continue
-        tensor = _router_tensor(key, name, info, site)
-        if tensor is None and name.startswith(site.experts_name + "."):
-            tensor = _expert_tensor(key, name, pattern, info, site, model)
+        tensor = _tensor(key, name, pattern, info, model)
         if tensor is not None:
             found[key] = tensor
-    return found
+    return found | _companions(unknown, found, model)
+
+
+def _tensor(
+    key: str, name: str, pattern: str | None, info: TensorInfo, model: LayeredModel
+) -> DiskTensor | None:
+    site = model.sites.get(model.group(name))
+    if site is None:
+        return None
+    tensor = _router_tensor(key, name, info, site)
+    if tensor is None and name.startswith(site.experts_name + "."):
+        tensor = _expert_tensor(key, name, pattern, info, site, model)
+    return tensor
+
+
+def _quantised(key: str, part: Quantised, model: LayeredModel) -> dict[str, DiskTensor]:
+    """A tensor of a quantised weight is edited as the weight itself would be."""
+    name, pattern = model.target(part.name)
+    if name is None:
+        if _EXPERT_INDEX.fullmatch(key):
+            raise _not_loaded(key)
+        return {}
+    info = replace(model.checkpoint.tensors[key], shape=part.shape)
+    tensor = _tensor(part.name, name, pattern, info, model)
+    if tensor is None or (tensor.role == "router" and key == part.scale):
+        return {}
+    role = "other" if key == part.scale else tensor.role
+    return {key: replace(tensor, key=key, role=role, quantised=part)}
+
+
+def _companions(
+    unknown: list[str], found: dict[str, DiskTensor], model: LayeredModel
+) -> dict[str, DiskTensor]:
+    """Tensors beside the experts' that transformers does not load: they go where the experts go."""
+    experts = [tensor for tensor in found.values() if tensor.role != "router"]
+    single = {t.experts_prefix: t for t in experts if t.expert is not None}
+    fused = {t.key.rpartition(".")[0] + ".": t for t in experts if t.expert is None}
+    companions = {}
+    for key in unknown:
+        match = _EXPERT_INDEX.fullmatch(key)
+        parent = key.rpartition(".")[0] + "."
+        if match is not None:
+            known = single.get(match["head"])
+            expert = int(match["expert"])
+            if known is None or expert >= model.sites[known.layer].shape.experts:
+                raise _not_loaded(key)
+            companions[key] = DiskTensor(key, known.layer, "other", expert)
+        elif parent in fused and parent not in single:
+            layer = fused[parent].layer
+            shape = model.checkpoint.tensors[key].shape
+            if not key.endswith(ACTIVATION_SCALES):
+                raise _not_loaded(key)
+            if shape[:1] == (model.sites[layer].shape.experts,):
+                companions[key] = DiskTensor(key, layer, "other", None)
+            elif math.prod(shape) != 1:
+                raise UnsupportedModelError(f"{key}: {list(shape)} has no entry per expert")
+    return companions
+
+
+def _not_loaded(key: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{key} belongs to experts that transformers does not load "
+        "(an attached prediction head?); editing them is not supported yet"
+    )
 
 
 def refuse(model: LayeredModel) -> None:
@@ -104,6 +168,7 @@ def refuse(model: LayeredModel) -> None:
             f"some experts of {model.checkpoint.path} are constants already",
             "prune the original model instead",
         )
+    model.quantisation.refuse()
     for name in model.model.state_dict():
         last = name.rpartition(".")[2]
         if last in quirks.REFUSED_LAYERS:
@@ -176,15 +241,22 @@ class DiskExperts:
         """One matrix as float32 [outputs, inputs]."""
         single = self._tensors.get((role, expert))
         if single is not None:
-            return self._oriented(self._checkpoint.read(single.key), single)
+            return self._oriented(self._read(single), single)
         fused = self._tensors.get((role, None))
         if fused is not None:
-            return self._oriented(self._checkpoint.read_row(fused.key, expert), fused)
+            return self._oriented(self._read(fused, expert), fused)
         both = self._tensors[("gate_up", None)]
-        stacked = self._oriented(self._checkpoint.read_row(both.key, expert), both)
+        stacked = self._oriented(self._read(both, expert), both)
         if both.interleaved:
             return stacked[("gate", "up").index(role) :: 2].contiguous()
         return stacked.chunk(2)[("gate", "up").index(role)].contiguous()
+
+    def _read(self, tensor: DiskTensor, row: int | None = None) -> Tensor:
+        if tensor.quantised is not None:
+            return read(self._checkpoint, tensor.quantised, row)
+        if row is None:
+            return self._checkpoint.read(tensor.key)
+        return self._checkpoint.read_row(tensor.key, row)
 
     @staticmethod
     def _oriented(tensor: Tensor, disk: DiskTensor) -> Tensor:

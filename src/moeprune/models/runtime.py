@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from moeprune.models import novice_runtime
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
+from moeprune.models.quantised import KEYS, SUPPORTED, Quantisation, lazy_state
 
 RUNTIME_FILE = "moeprune_novices.py"
 MODELING_FILE = "modeling_moeprune.py"
@@ -52,6 +53,9 @@ def load(
 ) -> Any:
     """Open any result of moeprune, or a stock checkpoint, as a transformers model in eval mode.
 
+    On the CPU, fp8 and MXFP4 weights are dequantised; elsewhere transformers does with quantised
+    checkpoints what it does by default.
+
     Args:
         source: directory, hub id, or ``demo``.
         dtype: ``"auto"`` takes the checkpoint's own.
@@ -59,13 +63,42 @@ def load(
 
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
-        UnsupportedModelError: transformers does not know the architecture.
+        UnsupportedModelError: transformers does not know the architecture, or weights are stored
+            in a way that cannot be read.
     """
     checkpoint = Checkpoint.open(source)
     config = read_config(checkpoint)
+    quantisation = Quantisation.of(checkpoint)
+    if quantisation.method is None:
+        quantisation.refuse()
+    elif quantisation.method in SUPPORTED and torch.device(device).type == "cpu":
+        return _dequantised(checkpoint, quantisation, config, dtype)
     cls: Any = AutoModelForCausalLM
     if getattr(text_config(config), "approximate_experts", None):
         cls = novice_class(native_class(config))
     with quiet_transformers():
         model = cls.from_pretrained(checkpoint.path, dtype=dtype, device_map={"": device})
+    return model.eval()
+
+
+def _dequantised(
+    checkpoint: Checkpoint, quantisation: Quantisation, config: Any, dtype: torch.dtype | str
+) -> Any:
+    quantisation.refuse()
+    for part in (config, text_config(config)):
+        for key in KEYS:
+            vars(part).pop(key, None)
+    stored = getattr(text_config(config), "dtype", None) or torch.float32
+    dtype = (
+        stored if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    )
+    names = quantisation.names(checkpoint)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cpu"}}
+    if (checkpoint.path / "generation_config.json").is_file():
+        options["generation_config"] = GenerationConfig.from_pretrained(checkpoint.path)
+    with quiet_transformers():
+        state = lazy_state(checkpoint, quantisation, names, dtype)
+        cls = native_class(config)
+        model = cls.from_pretrained(None, config=config, state_dict=state, **options)
+    model.config.name_or_path = str(checkpoint.path)
     return model.eval()

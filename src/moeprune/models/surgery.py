@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,24 @@ from moeprune.core.shapes import LayerShape
 from moeprune.errors import PlanError, UnsupportedModelError
 from moeprune.files import json_bytes, new_directory, sha256_bytes
 from moeprune.models import quirks
+from moeprune.models.byte_exact import (
+    kept_by_module,
+    refuse_changes,
+    refuse_dequantize,
+    renumbered,
+)
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import native_class
+from moeprune.models.quantised import (
+    bf16_piece,
+    parameters,
+    parameters_of,
+    read,
+    with_description,
+    without_description,
+)
 from moeprune.models.runtime import MODELING_FILE, modeling_files
 from moeprune.models.sites import MoESite
 from moeprune.models.writer import Piece, computed, copied, given, sliced, write_shards
@@ -57,18 +71,25 @@ def apply_plan(
     out: Path,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    dequantize: bool = False,
 ) -> Sizes:
     """Write the checkpoint that ``plan`` describes to ``out``.
 
+    Quantised weights keep their bytes, or become bf16 all together with ``dequantize``.
+
     Raises:
         PlanError: the plan is not for this model, or asks for what its router cannot do.
-        UnsupportedModelError: experts of this family cannot be edited.
+        UnsupportedModelError: experts of this family cannot be edited, or only with ``dequantize``.
         OutputError: ``out`` exists, or could not be written; nothing is left behind.
     """
     model = LayeredModel(checkpoint)
     layout = expert_layout(model)
     check_plan(model, plan)
-    surgeon = _Surgeon(model, plan, layout)
+    if dequantize:
+        refuse_dequantize(checkpoint)
+    else:
+        refuse_changes(plan, layout, model.quantisation)
+    surgeon = _Surgeon(model, plan, layout, dequantize)
     pieces = surgeon.pieces()
     config = surgeon.config()
     with new_directory(out, force) as work:
@@ -84,12 +105,14 @@ def apply_plan(
         plan_bytes = json_bytes(plan.to_json(None))
         (work / PLAN_COPY).write_bytes(plan_bytes)
         (work / PROVENANCE).write_bytes(
-            json_bytes(_provenance(checkpoint, plan, plan_bytes, sizes))
+            json_bytes(_provenance(checkpoint, plan, plan_bytes, sizes, surgeon.dequantized))
         )
     return sizes
 
 
-def _provenance(checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Sizes) -> Any:
+def _provenance(
+    checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Sizes, dequantized: str | None
+) -> Any:
     return {
         "format": "moeprune.checkpoint/1",
         "base": dict(plan.model),
@@ -105,6 +128,7 @@ def _provenance(checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Si
         "parameters": list(sizes.parameters),
         "nonzero_parameters": list(sizes.nonzero),
         "tensor_bytes": list(sizes.bytes),
+        "dequantized_from": dequantized,
     }
 
 
@@ -159,9 +183,16 @@ def _check_router(layer: LayerPlan, shape: LayerShape) -> None:
 class _Surgeon:
     """Turns a validated plan into pieces, config and code of the new checkpoint."""
 
-    def __init__(self, model: LayeredModel, plan: Plan, layout: Mapping[str, DiskTensor]) -> None:
+    def __init__(
+        self,
+        model: LayeredModel,
+        plan: Plan,
+        layout: Mapping[str, DiskTensor],
+        dequantize: bool = False,
+    ) -> None:
         self.model, self.plan, self.layout = model, plan, layout
-        self.checkpoint = model.checkpoint
+        self.checkpoint, self.quantisation = model.checkpoint, model.quantisation
+        self.dequantized = self.quantisation.method if dequantize else None
         self.novices = any(layer.replaced for layer in plan.layers.values())
         self.dropped = max((len(layer.dropped) for layer in plan.layers.values()), default=0)
         self._masked = 0
@@ -170,11 +201,13 @@ class _Surgeon:
         """All tensors of the new checkpoint, in the order of the old one."""
         found: list[Piece] = []
         with_novices: set[int] = set()
-        for key, info in self.checkpoint.tensors.items():
+        for key in self.checkpoint.tensors:
+            if self.dequantized and self.quantisation.is_scale(key):
+                continue
             tensor = self.layout.get(key)
             layer = None if tensor is None else self.plan.layers.get(tensor.layer)
             if tensor is None or layer is None:
-                found.append(copied(key, info))
+                found.append(self._copied(key))
                 continue
             if layer.replaced and tensor.layer not in with_novices and tensor.role == "down":
                 with_novices.add(tensor.layer)
@@ -186,20 +219,34 @@ class _Surgeon:
         info = self.checkpoint.tensors[key]
         if tensor.role == "router":
             if not layer.dropped:
-                return [copied(key, info)]
+                return [self._copied(key)]
             # rows beyond E are not experts' (shared, zero or skip classes): they stay
             extra = range(layer.experts, info.shape[tensor.dim])
-            return [sliced(key, info, tensor.dim, [*layer.keep, *extra])]
+            return [self._sliced(key, tensor.dim, [*layer.keep, *extra])]
         if tensor.expert is not None:
             if tensor.expert not in layer.keep:
                 return []
             number = layer.keep.index(tensor.expert) if layer.dropped else tensor.expert
-            piece, experts = copied(tensor.renamed(number), info), [tensor.expert]
+            piece, experts = self._copied(key, tensor.renamed(number)), [tensor.expert]
         else:
-            piece, experts = sliced(key, info, 0, layer.keep), list(layer.keep)
+            piece, experts = self._sliced(key, 0, layer.keep), list(layer.keep)
         if layer.mask is not None and _is_masked(layer.mask, tensor.role):
             piece = self._mask(piece, tensor, layer.mask, experts)
         return [piece]
+
+    def _copied(self, key: str, name: str | None = None) -> Piece:
+        """A tensor under another name: the same bytes, or what they stand for."""
+        weight = self.quantisation.parts.get(key) if self.dequantized else None
+        if weight is None:
+            return copied(name or key, self.checkpoint.tensors[key])
+        return bf16_piece(weight.plain(name or key), self.checkpoint, weight)
+
+    def _sliced(self, key: str, dim: int, ids: Sequence[int]) -> Piece:
+        """Some entries of a tensor: the same bytes, or what they stand for."""
+        weight = self.quantisation.parts.get(key) if self.dequantized else None
+        if weight is None:
+            return sliced(key, self.checkpoint.tensors[key], dim, ids)
+        return bf16_piece(weight.name, self.checkpoint, weight, ids)
 
     def _novices(self, layer: LayerPlan, tensor: DiskTensor) -> list[Piece]:
         assert layer.novices_NH is not None
@@ -221,7 +268,7 @@ class _Surgeon:
             )
 
         def make() -> Tensor:
-            weight = self.checkpoint.read(tensor.key)
+            weight = self._values(tensor)
             if tensor.expert is None:
                 weight = weight[experts]
             rows = weight if tensor.input_dim == -1 else weight.transpose(-1, -2)
@@ -234,6 +281,11 @@ class _Surgeon:
         self._masked += _zeros(mask, piece.shape, tensor)
         return computed(piece, make)
 
+    def _values(self, tensor: DiskTensor) -> Tensor:
+        if tensor.quantised is None:
+            return self.checkpoint.read(tensor.key)
+        return read(self.checkpoint, tensor.quantised, dtype=torch.bfloat16)
+
     def config(self) -> dict[str, Any]:
         """The new config.json.
 
@@ -241,6 +293,11 @@ class _Surgeon:
             UnsupportedModelError: the number of experts is not where it should be.
         """
         config: dict[str, Any] = json.loads(json.dumps(self.checkpoint.config))
+        if self.dequantized:
+            config = without_description(config)
+        elif self.dropped and self.quantisation.method:
+            kept = kept_by_module(self.model.sites, self.layout, self.plan)
+            config = with_description(config, lambda old: renumbered(old, kept))
         if self.dropped:
             before = next(iter(self.model.sites.values())).shape.experts
             _set_expert_count(config, before, before - self.dropped)
@@ -263,8 +320,8 @@ class _Surgeon:
         """Sizes before and after."""
         before = sum(site.shape.experts for site in self.model.sites.values())
         gone = sum(len(p.dropped) + len(p.replaced) for p in self.plan.layers.values())
-        numel = self.checkpoint.numel
-        after = sum(math.prod(piece.shape) for piece in pieces)
+        numel = parameters(self.checkpoint)
+        after = sum(parameters_of(piece.name, piece.dtype, piece.shape) for piece in pieces)
         return Sizes(
             experts=(before, before - gone),
             parameters=(numel, after),

@@ -7,6 +7,7 @@ is known before its data, so memory is bounded by one piece and any dtype passes
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -77,6 +78,17 @@ def computed(piece: Piece, make: Callable[[], Tensor]) -> Piece:
         yield _raw(make())
 
     return replace(piece, blocks=blocks)
+
+
+def produced(
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    parts: Callable[[], Iterator[Tensor]],
+) -> Piece:
+    """A tensor that is made part by part, in order of its first axis, when it is written."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return Piece(name, _TORCH_NAMES[dtype], shape, nbytes, lambda: map(_raw, parts()))
 
 
 def given(name: str, tensor: Tensor) -> Piece:

@@ -17,6 +17,7 @@ from moeprune.errors import OutputError
 from moeprune.evaluation.perplexity import evaluate as evaluate_models
 from moeprune.files import refuse_existing
 from moeprune.models import data
+from moeprune.models.byte_exact import refuse_method
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.store import read_plan
 from moeprune.models.store import write_plan as save_plan
@@ -55,8 +56,12 @@ def apply(
     out: Source,
     force: bool = False,
     progress: Progress = silent,
+    dequantize: bool = False,
 ) -> Sizes:
     """Write the checkpoint that a plan describes.
+
+    Of a quantised model every kept weight and scale keeps its bytes; with ``dequantize`` all
+    quantised weights are written as bf16, which weight masks and novices need.
 
     Raises:
         MoepruneError: the plan does not fit the model, or the output cannot be written.
@@ -67,7 +72,12 @@ def apply(
     _refuse_source(checkpoint, out)
     chosen = plan_or_path if isinstance(plan_or_path, Plan) else read_plan(Path(plan_or_path))
     return apply_plan(
-        checkpoint, chosen, out, force, lambda done, total: progress("writing", done, total)
+        checkpoint,
+        chosen,
+        out,
+        force,
+        lambda done, total: progress("writing", done, total),
+        dequantize,
     )
 
 
@@ -108,8 +118,11 @@ def prune(
     seed: int = 0,
     force: bool = False,
     progress: Progress = silent,
+    dequantize: bool = False,
 ) -> Pruned:
     """calibrate + plan + apply. The plan is kept in the new checkpoint as well.
+
+    ``dequantize`` is as for ``apply``.
 
     Raises:
         MoepruneError: anything the user can mend; nothing is left behind.
@@ -117,7 +130,9 @@ def prune(
     refuse_existing(Path(out), force)
     chosen = method if isinstance(method, Method) else make_method(method, options)
     chosen.accept(budget)
-    _refuse_source(Checkpoint.open(source), Path(out))
+    checkpoint = Checkpoint.open(source)
+    _refuse_source(checkpoint, Path(out))
+    refuse_method(checkpoint, chosen.changes, dequantize)
     reset_peak_memory()
     seconds: dict[str, float] = {}
     work = Path(tempfile.mkdtemp(prefix="moeprune-"))
@@ -142,7 +157,7 @@ def prune(
         )
         seconds["plan"] = time.perf_counter() - start
         start = time.perf_counter()
-        sizes = apply(source, made, out, force, progress)
+        sizes = apply(source, made, out, force, progress, dequantize)
         seconds["apply"] = time.perf_counter() - start
     finally:
         shutil.rmtree(work, ignore_errors=True)
