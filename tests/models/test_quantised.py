@@ -292,6 +292,26 @@ def test_one_scale_per_matrix(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("shape", [(8,), (8, 1, 1)])
+def test_one_scale_per_expert(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Of experts that are stored together; as the blocks of a whole matrix would be."""
+
+    def edit(tensors: quantise.Tensors) -> None:
+        for name in [n for n in tensors if n.endswith("_scale_inv")]:
+            tensors[name] = tensors[name].reshape(shape)
+
+    save_tiny("granitemoe", tmp_path / "a")
+    chosen = re.compile(r".*_linear\.weight").match
+    base = quantise.fp8(tmp_path / "a", tmp_path / "b", (64, 64), chosen)
+    single = changed(base, tmp_path / "c", edit, weight_block_size=None)
+    assert torch.equal(walked(single, torch.float32), walked(base, torch.float32))
+    for directory in (base, single):
+        edited(directory, tmp_path / f"{directory.name}-out")
+    assert torch.equal(
+        walked(tmp_path / "c-out", torch.float32), walked(tmp_path / "b-out", torch.float32)
+    )
+
+
 # ---- opening -------------------------------------------------------------------------------------
 
 
@@ -467,6 +487,7 @@ def test_scales_of_inputs_of_experts_together(twin: Twins, tmp_path: Path) -> No
         ("minimax_m3_vl_text", "model.layers.1.mlp.experts.down_proj_zero_point"),
         ("minimax_m3_vl_text", "model.layers.1.mlp.experts.down_proj_input_scale"),
     ],
+    ids=["another layer", "another expert", "another name", "another size"],
 )
 def test_tensors_of_nobody_are_refused(
     model_type: str, name: str, twin: Twins, tmp_path: Path
@@ -477,17 +498,38 @@ def test_tensors_of_nobody_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_tensors_of_an_expert_follow_it(twin: Twins, tmp_path: Path) -> None:
-    stem = "model.layers.1.mlp.experts.{}.up_proj.zero_point"
+def test_quantised_tensors_of_nobody_are_refused(twin: Twins, tmp_path: Path) -> None:
+    """Values and scales that transformers has no parameter for, beside the experts' own."""
+    stem = "model.layers.1.mlp.experts.side_proj"
 
     def edit(tensors: quantise.Tensors) -> None:
-        tensors |= {stem.format(e): torch.tensor([float(e)]) for e in range(8)}
+        tensors[stem], tensors[stem + "_scale_inv"] = quantise.fp8_blocks(
+            torch.ones(8, 8, 8), (8, 8)
+        )
+
+    source = changed(twin("minimax_m3_vl_text"), tmp_path / "a", edit)
+    with pytest.raises(UnsupportedModelError, match=re.escape(stem)):
+        edited(source, tmp_path / "out")
+
+
+def test_unknown_tensors_of_an_expert_follow_it(twin: Twins, tmp_path: Path) -> None:
+    stem = "model.layers.1.mlp.experts.{}.up_proj.zero_point"
+    side = "model.layers.1.mlp.experts.{}.side_proj.weight"
+
+    def edit(tensors: quantise.Tensors) -> None:
+        for e in range(8):
+            tensors[stem.format(e)] = torch.tensor([float(e)])
+            pair = quantise.fp8_blocks(torch.full((8, 8), e + 1.0), (8, 8))
+            tensors[side.format(e)], tensors[side.format(e) + "_scale_inv"] = pair
 
     source = changed(twin("qwen3_moe"), tmp_path / "a", edit)
     plan = edited(source, tmp_path / "out")
     after = quantise.load_tensors(tmp_path / "out")
     found = {name: t.item() for name, t in after.items() if name.endswith("zero_point")}
     assert found == {stem.format(i): e for i, e in enumerate(plan.layers[1].keep)}
+    for number, expert in enumerate(plan.layers[1].keep):
+        assert after[side.format(number) + "_scale_inv"].item() == pytest.approx((expert + 1) / 448)
+        assert side.format(number) in after
 
 
 def test_module_lists_are_renumbered(tmp_path: Path) -> None:
@@ -727,7 +769,7 @@ UNREADABLE: dict[str, tuple[Callable[[quantise.Tensors], None], dict[str, Any], 
     "scales under another name": (
         rename("weight_scale_inv", "weight_scale"),
         {},
-        r"weight is stored as F8_E4M3, with no partner",
+        r"weight_scale is stored as F32 without a counterpart that fp8",
     ),
     "scales without weights": (
         lambda tensors: tensors.update({"model.norm.weight_scale_inv": torch.ones(1, 1)}),
@@ -768,8 +810,18 @@ def test_fp8_that_the_config_does_not_mention(twin: Twins, tmp_path: Path) -> No
         lambda: load(source),
         lambda: edited(source, tmp_path / "out"),
     ):
-        with pytest.raises(UnsupportedModelError, match=r"config\.json names no quantisation"):
+        with pytest.raises(UnsupportedModelError, match=r"and config\.json names no quantisation"):
             refused()
+
+
+def test_a_plain_cast_to_fp8_is_no_quantisation(twin: Twins, tmp_path: Path) -> None:
+    """Without scales the stored numbers are the weights, for transformers as well."""
+    tensors = quantise.load_tensors(quantise.plain(twin("qwen3_moe"), tmp_path / "a"))
+    cast = {n: t.to(torch.float8_e4m3fn) if "experts" in n else t for n, t in tensors.items()}
+    source = quantise.write(tmp_path / "a", tmp_path / "b", cast, None)
+    assert torch.equal(walked(source, torch.float32), logits(open_stock(source)))
+    edited(source, tmp_path / "out")
+    assert inspect(tmp_path / "out")["supported"]
 
 
 @pytest.mark.parametrize(

@@ -50,14 +50,14 @@ def refuse_method(checkpoint: Checkpoint, changes: str | None, dequantize: bool)
     how = Quantisation.of(checkpoint)
     how.refuse()
     if dequantize:
-        refuse_dequantize(checkpoint)
+        refuse_dequantize(checkpoint, how)
     elif changes is not None and how.parts:
         raise _needs_other_values(changes, next(iter(how.parts.values())))
 
 
-def refuse_dequantize(checkpoint: Checkpoint) -> None:
+def refuse_dequantize(checkpoint: Checkpoint, how: Quantisation) -> None:
     """Raise ``UnsupportedModelError`` if there is nothing to dequantise."""
-    if not Quantisation.of(checkpoint).parts:
+    if not how.parts:
         raise UnsupportedModelError(f"{checkpoint.path} is not quantised", "leave out --dequantize")
 
 

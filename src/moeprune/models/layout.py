@@ -76,50 +76,42 @@ def expert_layout(model: LayeredModel) -> dict[str, DiskTensor]:
     unknown: list[str] = []
     for key, info in model.checkpoint.tensors.items():
         part = model.quantisation.parts.get(key)
-        if part is not None:
-            found |= _quantised(key, part, model)
-            continue
-        name, pattern = model.target(key)
+        weight = key if part is None else part.name
+        name, pattern = model.target(weight)
         if name is None:
             unknown.append(key)
             continue
-        tensor = _tensor(key, name, pattern, info, model)
+        site = model.sites.get(model.group(name))
+        if site is None:
+            continue
+        whole = info if part is None else replace(info, shape=part.shape)
+        tensor = _router_tensor(weight, name, whole, site)
+        if tensor is None and name.startswith(site.experts_name + "."):
+            tensor = _expert_tensor(weight, name, pattern, whole, site, model)
+        if tensor is not None and part is not None:
+            tensor = _part_of(tensor, key, part)
         if tensor is not None:
             found[key] = tensor
     return found | _companions(unknown, found, model)
 
 
-def _tensor(
-    key: str, name: str, pattern: str | None, info: TensorInfo, model: LayeredModel
-) -> DiskTensor | None:
-    site = model.sites.get(model.group(name))
-    if site is None:
+def _part_of(weight: DiskTensor, key: str, part: Quantised) -> DiskTensor | None:
+    """Values and scales of experts go where the weight would; scales of routers stay."""
+    if key == part.stored:
+        return replace(weight, key=key, quantised=part)
+    if weight.role == "router":
         return None
-    tensor = _router_tensor(key, name, info, site)
-    if tensor is None and name.startswith(site.experts_name + "."):
-        tensor = _expert_tensor(key, name, pattern, info, site, model)
-    return tensor
-
-
-def _quantised(key: str, part: Quantised, model: LayeredModel) -> dict[str, DiskTensor]:
-    """A tensor of a quantised weight is edited as the weight itself would be."""
-    name, pattern = model.target(part.name)
-    if name is None:
-        if _EXPERT_INDEX.fullmatch(key):
-            raise _not_loaded(key)
-        return {}
-    info = replace(model.checkpoint.tensors[key], shape=part.shape)
-    tensor = _tensor(part.name, name, pattern, info, model)
-    if tensor is None or (tensor.role == "router" and key == part.scale):
-        return {}
-    role = "other" if key == part.scale else tensor.role
-    return {key: replace(tensor, key=key, role=role, quantised=part)}
+    return replace(weight, key=key, role="other", quantised=part)
 
 
 def _companions(
     unknown: list[str], found: dict[str, DiskTensor], model: LayeredModel
 ) -> dict[str, DiskTensor]:
-    """Tensors beside the experts' that transformers does not load: they go where the experts go."""
+    """Tensors beside the experts' that transformers does not load go where the experts go.
+
+    Raises:
+        UnsupportedModelError: a tensor is an expert's, but it cannot be said whose.
+    """
     experts = [tensor for tensor in found.values() if tensor.role != "router"]
     single = {t.experts_prefix: t for t in experts if t.expert is not None}
     fused = {t.key.rpartition(".")[0] + ".": t for t in experts if t.expert is None}

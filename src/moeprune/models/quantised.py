@@ -73,7 +73,7 @@ def decode_fp8(stored: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     rows, columns = stored.shape[-2:]
     spread = scale.to(torch.float32).repeat_interleave(block[0], dim=-2)[..., :rows, :]
     spread = spread.repeat_interleave(block[1], dim=-1)[..., :columns]
-    return stored.to(torch.float32) * spread
+    return stored.to(torch.float32).mul_(spread)
 
 
 def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -274,13 +274,20 @@ def _find(checkpoint: Checkpoint, described: Any) -> dict[str, Quantised]:
         if found is not None:
             parts |= {found.stored: found, found.scale: found}
     for key, info in checkpoint.tensors.items():
-        packed = len(info.shape) > 1 and info.dtype in _PACKED
-        if key not in parts and (packed or key.endswith("_scale_inv")):
-            what = "config.json names no quantisation"
+        if key not in parts and _has_hidden_scale(key, info, method):
+            what = "and config.json names no quantisation"
             if method is not None:
-                what = f"with no partner that {method} would give it"
-            raise UnsupportedModelError(f"{key} is stored as {info.dtype}, {what}", _BF16)
+                what = f"without a counterpart that {method} knows"
+            raise UnsupportedModelError(f"{key} is stored as {info.dtype} {what}", _BF16)
     return parts
+
+
+def _has_hidden_scale(key: str, info: TensorInfo, method: str | None) -> bool:
+    """Whether a tensor stands for other values than its own, by a rule that is not known."""
+    if key.endswith(("_scale_inv", "weight_scale")):
+        return True
+    cast = method is None and info.dtype in _FP8  # a plain number in eight bits
+    return len(info.shape) > 1 and info.dtype in _PACKED and not cast
 
 
 def _fp8(key: str, info: TensorInfo, scale: TensorInfo, block: Any) -> Quantised:

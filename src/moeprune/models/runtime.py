@@ -82,22 +82,21 @@ def load(
 
 
 def _dequantised(
-    checkpoint: Checkpoint, quantisation: Quantisation, config: Any, dtype: torch.dtype | str
+    checkpoint: Checkpoint, quantisation: Quantisation, config: Any, dtype: Any
 ) -> Any:
     quantisation.refuse()
     for part in (config, text_config(config)):
         for key in KEYS:
             vars(part).pop(key, None)
-    stored = getattr(text_config(config), "dtype", None) or torch.float32
-    dtype = (
-        stored if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    )
-    names = quantisation.names(checkpoint)
+    if dtype == "auto":
+        dtype = getattr(text_config(config), "dtype", None) or torch.float32
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cpu"}}
     if (checkpoint.path / "generation_config.json").is_file():
         options["generation_config"] = GenerationConfig.from_pretrained(checkpoint.path)
     with quiet_transformers():
-        state = lazy_state(checkpoint, quantisation, names, dtype)
+        state = lazy_state(checkpoint, quantisation, quantisation.names(checkpoint), dtype)
         cls = native_class(config)
         model = cls.from_pretrained(None, config=config, state_dict=state, **options)
     model.config.name_or_path = str(checkpoint.path)

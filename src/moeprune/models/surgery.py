@@ -86,7 +86,7 @@ def apply_plan(
     layout = expert_layout(model)
     check_plan(model, plan)
     if dequantize:
-        refuse_dequantize(checkpoint)
+        refuse_dequantize(checkpoint, model.quantisation)
     else:
         refuse_changes(plan, layout, model.quantisation)
     surgeon = _Surgeon(model, plan, layout, dequantize)
