@@ -302,7 +302,7 @@ def test_one_scale_per_expert(shape: tuple[int, ...], tmp_path: Path) -> None:
 
     save_tiny("granitemoe", tmp_path / "a")
     chosen = re.compile(r".*_linear\.weight").match
-    base = quantise.fp8(tmp_path / "a", tmp_path / "b", (64, 64), chosen)
+    base = quantise.fp8(tmp_path / "a", tmp_path / "b", (128, 128), chosen)
     single = changed(base, tmp_path / "c", edit, weight_block_size=None)
     assert torch.equal(walked(single, torch.float32), walked(base, torch.float32))
     for directory in (base, single):
@@ -829,9 +829,11 @@ def test_a_plain_cast_to_fp8_is_no_quantisation(twin: Twins, tmp_path: Path) -> 
     [
         rename("down_proj_scales", "down_proj_exponents"),
         lambda t: t.update({"model.layers.0.mlp.experts.down_proj_scales": torch.ones(1).byte()}),
+        lambda t: t.update({"model.layers.0.mlp.experts.down_proj": torch.ones(8, 96, 64)}),
     ],
+    ids=["missing", "of another size", "and the weight as well"],
 )
-def test_mxfp4_without_its_scales(
+def test_mxfp4_of_parts_that_do_not_fit(
     edit: Callable[[quantise.Tensors], None], twin: Twins, tmp_path: Path
 ) -> None:
     source = changed(twin("gpt_oss"), tmp_path / "a", edit)

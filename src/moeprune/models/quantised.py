@@ -67,8 +67,8 @@ class Quantised:
 def decode_fp8(stored: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """``stored * scale`` as float32, where every block of ``stored`` [..., O, I] has one scale.
 
-    ``scale`` is [..., ceil(O / block rows), ceil(I / block columns)]: the last blocks may be
-    smaller (DeepSeek-V3, arXiv 2412.19437, section 3.3).
+    ``scale`` is [..., ceil(O / block rows), ceil(I / block columns)]; the last blocks may be
+    smaller. (Block-wise scaling: DeepSeek-V3, arXiv 2412.19437, section 3.3.)
     """
     rows, columns = stored.shape[-2:]
     spread = scale.to(torch.float32).repeat_interleave(block[0], dim=-2)[..., :rows, :]
@@ -318,6 +318,8 @@ def _mxfp4(key: str, info: TensorInfo, checkpoint: Checkpoint) -> Quantised | No
     scale = checkpoint.tensors.get(stem + "_scales")
     if scale is None or scale.dtype != "U8":
         return None
+    if stem in checkpoint.tensors:
+        raise UnsupportedModelError(f"both {stem} and {key} are stored", _BF16)
     if len(info.shape) != 4 or info.shape[3] * 2 != _GROUP or scale.shape != info.shape[:3]:
         raise UnsupportedModelError(
             f"{key}: {list(info.shape)} with scales {list(scale.shape)} is no MXFP4", _BF16
