@@ -14,6 +14,7 @@ from moeprune.cli import output
 from moeprune.cli.options import (
     AsJson,
     Data,
+    Dequantize,
     Device,
     Dtype,
     Force,
@@ -201,6 +202,7 @@ def apply(
     plan: Annotated[Path, typer.Option(help="Output of **moeprune plan**.")],
     out: Annotated[Path, typer.Option(help="Directory for the new checkpoint.")],
     pad: Pad = False,
+    dequantize: Dequantize = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -211,7 +213,8 @@ def apply(
     from moeprune.pipeline import stages
 
     with output.progress_bars() as progress:
-        sizes = stages.apply(model, plan, out, force, progress, stages.Writing(pad))
+        writing = stages.Writing(pad, dequantize)
+        sizes = stages.apply(model, plan, out, force, progress, writing)
     output.print_sizes(out, sizes, {}, as_json)
 
 
@@ -236,6 +239,7 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    dequantize: Dequantize = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -259,7 +263,7 @@ def prune(
             force,
             progress,
             uniform,
-            stages.Writing(pad),
+            stages.Writing(pad, dequantize),
         )
     if statistics is None and done.plan.statistics:
         output.tell_default_text(model, data)

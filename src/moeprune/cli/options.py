@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="Directory, hub id, or **demo** (the embedded model).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Dequantize = Annotated[
+    bool, typer.Option("--dequantize", help="Write the weights of a quantised model as bf16.")
+]
 Data = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
     typer.Option(help="Text: **[name=]file** (.jsonl, .jsonl.gz, .txt); repeat for more domains."),

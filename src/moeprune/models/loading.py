@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -29,6 +29,7 @@ from moeprune.models import uneven_runtime
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.generated import novice_class
 from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
+from moeprune.models.quantised import Quantisation, lazy_state
 from moeprune.models.sites import MoESite, find_sites, is_experts, is_uneven, resize_facts
 from moeprune.models.special import describe
 
@@ -84,6 +85,7 @@ class LayeredModel:
         model: the transformers model; decoder layers are on meta unless loaded.
         layers: its list of decoder layers.
         prefix: the qualified name of that list.
+        quantisation: how the weights are stored.
         sites: MoE blocks by layer index.
     """
 
@@ -95,11 +97,7 @@ class LayeredModel:
     ) -> None:
         self.checkpoint = checkpoint
         self.config = read_config(checkpoint)
-        if getattr(self.config, "quantization_config", None) is not None:
-            raise UnsupportedModelError(
-                f"{checkpoint.path} is quantised; quantised checkpoints are not supported yet",
-                "use the bf16 checkpoint",
-            )
+        self.quantisation = Quantisation.of(checkpoint)
         stored = getattr(text_config(self.config), "dtype", None) or torch.float32
         self.dtype = dtype or stored
         self.device = torch.device(device)
@@ -117,7 +115,7 @@ class LayeredModel:
         state = self.model.state_dict()
         base = self.model.base_model_prefix
         names: dict[str, tuple[str | None, str | None]] = {}
-        for key in self.checkpoint.tensors:
+        for key in self.quantisation.names(self.checkpoint):
             name, pattern = rename_source_key(key, renamings, converters, base, state)
             if name not in state and key in state:
                 name, pattern = key, None
@@ -125,7 +123,7 @@ class LayeredModel:
         return names
 
     def target(self, key: str) -> tuple[str | None, str | None]:
-        """The parameter that a tensor on disk becomes (part of), and the conversion's pattern."""
+        """The parameter that a weight on disk becomes (part of), and the conversion's pattern."""
         return self._names[key]
 
     def disk_name(self, name: str) -> str:
@@ -194,13 +192,14 @@ class LayeredModel:
             )
 
     def _load(self, group: int) -> None:
-        files: dict[Any, list[str]] = {}
-        for key, (name, _) in self._names.items():
-            if name is not None and self.group(name) == group:
-                files.setdefault(self.checkpoint.tensors[key].file, []).append(key)
+        self.quantisation.refuse()
+        keys = [
+            key
+            for key, (name, _) in self._names.items()
+            if name is not None and self.group(name) == group
+        ]
         # opened per layer, so that mapped pages of earlier layers do not stay resident
-        handles = [(safe_open(file, "pt"), keys) for file, keys in files.items()]
-        state = {key: handle.get_slice(key) for handle, keys in handles for key in keys}
+        state = lazy_state(self.checkpoint, self.quantisation, keys, self.dtype)
         config = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,

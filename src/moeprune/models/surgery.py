@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,12 @@ from moeprune.core.shapes import LayerShape
 from moeprune.errors import CheckpointError, PlanError, UnsupportedModelError
 from moeprune.files import json_bytes, new_directory, sha256_bytes
 from moeprune.models import quirks
+from moeprune.models.byte_exact import (
+    kept_by_module,
+    refuse_changes,
+    refuse_dequantize,
+    renumbered,
+)
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.counts import (
     PAD_BIAS,
@@ -42,6 +48,14 @@ from moeprune.models.generated import (
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import native_class, text_config
+from moeprune.models.quantised import (
+    bf16_piece,
+    parameters,
+    parameters_of,
+    read,
+    with_description,
+    without_description,
+)
 from moeprune.models.sites import MoESite, resize_facts
 from moeprune.models.special import matrix_role, stacked
 from moeprune.models.writer import Piece, computed, copied, given, sliced, write_shards, zeros
@@ -74,9 +88,11 @@ class Writing:
     Attributes:
         pad: fill layers that keep fewer experts than others with pads that are never chosen, so
             that stock classes open the result; refused where that would not be exact.
+        dequantize: quantised weights become bf16, all together, instead of keeping their bytes.
     """
 
     pad: bool = False
+    dequantize: bool = False
 
 
 def apply_plan(
@@ -99,12 +115,21 @@ def apply_plan(
 
     Raises:
         PlanError: the plan is not for this model, or asks for what its router cannot do.
-        UnsupportedModelError: experts of this family cannot be edited.
+        UnsupportedModelError: experts of this family cannot be edited, or only with ``dequantize``.
         OutputError: ``out`` exists, or could not be written; nothing is left behind.
     """
     model = LayeredModel(checkpoint)
     layout = expert_layout(model)
     check_plan(model, plan, writing.pad)
+    if writing.pad and model.quantisation.method and not writing.dequantize:
+        raise UnsupportedModelError(
+            f"{checkpoint.path} is quantised, and pads have no quantised form",
+            "leave out --pad, or add --dequantize",
+        )
+    if writing.dequantize:
+        refuse_dequantize(checkpoint, model.quantisation)
+    else:
+        refuse_changes(plan, layout, model.quantisation)
     surgeon = _Surgeon(model, plan, layout, writing)
     pieces = surgeon.pieces()
     config = surgeon.config()
@@ -122,12 +147,14 @@ def apply_plan(
         plan_bytes = json_bytes(plan.to_json(None))
         (work / PLAN_COPY).write_bytes(plan_bytes)
         (work / PROVENANCE).write_bytes(
-            json_bytes(_provenance(checkpoint, plan, plan_bytes, sizes))
+            json_bytes(_provenance(checkpoint, plan, plan_bytes, sizes, surgeon.dequantized))
         )
     return sizes
 
 
-def _provenance(checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Sizes) -> Any:
+def _provenance(
+    checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Sizes, dequantized: str | None
+) -> Any:
     return {
         "format": "moeprune.checkpoint/1",
         "base": dict(plan.model),
@@ -143,6 +170,7 @@ def _provenance(checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Si
         "parameters": list(sizes.parameters),
         "nonzero_parameters": list(sizes.nonzero),
         "tensor_bytes": list(sizes.bytes),
+        "dequantized_from": dequantized,
     }
 
 
@@ -204,7 +232,8 @@ class _Surgeon:
         self, model: LayeredModel, plan: Plan, layout: Mapping[str, DiskTensor], writing: Writing
     ) -> None:
         self.model, self.plan, self.layout = model, plan, layout
-        self.checkpoint = model.checkpoint
+        self.checkpoint, self.quantisation = model.checkpoint, model.quantisation
+        self.dequantized = self.quantisation.method if writing.dequantize else None
         self.novices = any(layer.replaced for layer in plan.layers.values())
         shapes = {index: site.shape for index, site in model.sites.items()}
         self.counts = kept_counts(shapes, plan)
@@ -221,11 +250,13 @@ class _Surgeon:
         """All tensors of the new checkpoint, in the order of the old one."""
         found: list[Piece] = []
         with_novices: set[int] = set()
-        for key, info in self.checkpoint.tensors.items():
+        for key in self.checkpoint.tensors:
+            if self.dequantized and self.quantisation.is_scale(key):
+                continue
             tensor = self.layout.get(key)
             layer = None if tensor is None else self.plan.layers.get(tensor.layer)
             if tensor is None or layer is None:
-                found.append(copied(key, info))
+                found.append(self._copied(key))
                 continue
             if layer.replaced and tensor.layer not in with_novices and tensor.role == "down":
                 with_novices.add(tensor.layer)
@@ -238,17 +269,17 @@ class _Surgeon:
         slots = self._slots.get(layer.layer)
         if tensor.role == "router":
             if slots is None:
-                return [copied(key, info)]
+                return [self._copied(key)]
             # rows beyond E are not experts' (shared, zero or skip classes): they stay
             extra = range(layer.experts, info.shape[tensor.dim])
             fill = 0.0 if info.numel != info.shape[tensor.dim] else PAD_BIAS
-            return [sliced(key, info, tensor.dim, [*slots, *extra], fill=fill)]
+            return [self._sliced(tensor, [*slots, *extra], fill)]
         if tensor.role == "table":
             return [self._table(key, layer) if layer.dropped else copied(key, info)]
         if tensor.expert is not None:
             return self._numbered(tensor, layer)
         slots = layer.keep if slots is None else slots
-        return [self._masked(sliced(key, info, 0, slots, tensor.rows), tensor, layer, slots)]
+        return [self._masked(self._sliced(tensor, slots), tensor, layer, slots)]
 
     def _numbered(self, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
         """A tensor of one expert under its new number, and after the first kept one the pads."""
@@ -259,12 +290,11 @@ class _Surgeon:
         # ids from E on are identity experts, which stay behind the others
         beyond = tensor.expert - layer.experts
         number = len(slots) + beyond if beyond >= 0 else slots.index(tensor.expert)
-        info = self.checkpoint.tensors[tensor.key]
-        piece = copied(tensor.renamed(number), info)
+        piece = self._copied(tensor.key, tensor.renamed(number))
         found = [self._masked(piece, tensor, layer, (tensor.expert,))]
         if tensor.expert == layer.keep[0]:
             pads = [number for number, expert in enumerate(slots) if expert is None]
-            found += [zeros(tensor.renamed(number), info) for number in pads]
+            found += [zeros(self._copied(tensor.key, tensor.renamed(number))) for number in pads]
         return found
 
     def _table(self, key: str, layer: LayerPlan) -> Piece:
@@ -276,6 +306,21 @@ class _Surgeon:
                 raise CheckpointError(f"{key}: {error}") from error
 
         return computed(copied(key, self.checkpoint.tensors[key]), make)
+
+    def _copied(self, key: str, name: str | None = None) -> Piece:
+        """A tensor under another name: the same bytes, or what they stand for."""
+        weight = self.quantisation.parts.get(key) if self.dequantized else None
+        if weight is None:
+            return copied(name or key, self.checkpoint.tensors[key])
+        return bf16_piece(weight.plain(name or key), self.checkpoint, weight)
+
+    def _sliced(self, tensor: DiskTensor, slots: Sequence[int | None], fill: float = 0.0) -> Piece:
+        """Some experts of a fused tensor or a router: the same bytes, or what they stand for."""
+        weight = self.quantisation.parts.get(tensor.key) if self.dequantized else None
+        if weight is not None:
+            return bf16_piece(weight.name, self.checkpoint, weight, slots)
+        info = self.checkpoint.tensors[tensor.key]
+        return sliced(tensor.key, info, tensor.dim, slots, tensor.rows, fill)
 
     def _novices(self, layer: LayerPlan, tensor: DiskTensor) -> list[Piece]:
         assert layer.novices_NH is not None
@@ -300,7 +345,7 @@ class _Surgeon:
             )
 
         def make() -> Tensor:
-            weight = self.checkpoint.read(tensor.key)
+            weight = self._values(tensor)
             if tensor.rows > 1:
                 weight = weight.view(-1, tensor.rows, weight.shape[-1])
             if tensor.expert is None:
@@ -317,6 +362,11 @@ class _Surgeon:
         self._zeroed += _zeros(mask, piece.shape, tensor) * (len(slots) - pads) // len(slots)
         return computed(piece, make)
 
+    def _values(self, tensor: DiskTensor) -> Tensor:
+        if tensor.quantised is None:
+            return self.checkpoint.read(tensor.key)
+        return read(self.checkpoint, tensor.quantised, dtype=torch.bfloat16)
+
     def config(self) -> dict[str, Any]:
         """The new config.json.
 
@@ -324,6 +374,11 @@ class _Surgeon:
             UnsupportedModelError: the number of experts is not where it should be.
         """
         config = set_counts(self.model, self.counts)
+        if self.dequantized:
+            config = without_description(config)
+        elif self.quantisation.method and any(p.dropped for p in self.plan.layers.values()):
+            kept = kept_by_module(self.model.sites, self.layout, self.plan)
+            config = with_description(config, lambda old: renumbered(old, kept))
         if self.novices:
             config["approximate_experts"] = {
                 str(index): list(layer.replaced)
@@ -346,8 +401,8 @@ class _Surgeon:
         """Sizes before and after."""
         before = sum(site.shape.experts for site in self.model.sites.values())
         gone = sum(len(p.dropped) + len(p.replaced) for p in self.plan.layers.values())
-        numel = self.checkpoint.numel
-        after = sum(math.prod(piece.shape) for piece in pieces)
+        numel = parameters(self.checkpoint)
+        after = sum(parameters_of(piece.name, piece.dtype, piece.shape) for piece in pieces)
         return Sizes(
             experts=(before, before - gone),
             parameters=(numel, after),

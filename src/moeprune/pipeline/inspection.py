@@ -9,6 +9,7 @@ from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import expert_layout, refuse
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.quantised import parameters
 from moeprune.pipeline.inputs import Source, model_name
 
 
@@ -31,9 +32,10 @@ def inspect(source: Source) -> dict[str, Any]:
         "model_type": text_config(model.config).model_type,
         "layers": len(model.layers),
         "moe_layers": sorted(model.sites),
-        "parameters": checkpoint.numel,
+        "parameters": (numel := parameters(checkpoint)),
         "bytes": checkpoint.nbytes,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantisation.method,
         "fingerprint": checkpoint.fingerprint,
         "supported": reason is None,
         "reason": reason,
@@ -49,6 +51,6 @@ def inspect(source: Source) -> dict[str, Any]:
             "hidden": shapes[0].hidden,
             "intermediate": shapes[0].intermediate,
             "expert_parameters": routed,
-            "active_parameters": checkpoint.numel - idle,
+            "active_parameters": numel - idle,
         }
     return facts
