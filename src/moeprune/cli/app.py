@@ -21,6 +21,7 @@ from moeprune.cli.options import (
     Length,
     Method,
     Model,
+    Mtp,
     Options,
     Pattern,
     Ratio,
@@ -194,6 +195,7 @@ def apply(
     model: Model,
     plan: Annotated[Path, typer.Option(help="Output of **moeprune plan**.")],
     out: Annotated[Path, typer.Option(help="Directory for the new checkpoint.")],
+    mtp: Mtp = "keep-pruned",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -204,7 +206,7 @@ def apply(
     from moeprune.pipeline import stages
 
     with output.progress_bars() as progress:
-        sizes = stages.apply(model, plan, out, force, progress)
+        sizes = stages.apply(model, plan, out, force, progress, mtp)
     output.print_sizes(out, sizes, {}, as_json)
 
 
@@ -226,6 +228,7 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    mtp: Mtp = "keep-pruned",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -248,6 +251,7 @@ def prune(
             seed,
             force,
             progress,
+            mtp,
         )
     if statistics is None and done.plan.statistics:
         output.tell_default_text(model, data)

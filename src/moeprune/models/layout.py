@@ -71,12 +71,7 @@ def expert_layout(model: LayeredModel) -> dict[str, DiskTensor]:
     for key, info in model.checkpoint.tensors.items():
         name, pattern = model.target(key)
         if name is None:
-            if _EXPERT_INDEX.fullmatch(key):
-                raise UnsupportedModelError(
-                    f"{key} belongs to experts that transformers does not load "
-                    "(an attached prediction head?); editing them is not supported yet"
-                )
-            continue
+            continue  # see attached.py
         site = model.sites.get(model.group(name))
         if site is None:
             continue

@@ -33,3 +33,18 @@ REFUSED = {
 
 REFUSED_LAYERS = {"tid2eid": "some layers choose experts by a table over token ids (planned)"}
 """Router tensors that make an edit of the expert list wrong, with the reason."""
+
+MTP_COUNT_KEYS = (
+    "num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers",
+    "num_mtp_modules",
+)  # fmt: skip
+"""config.json keys that say how many prediction layers are attached; the first is the commonest."""
+
+MTP_FLAGS = ("use_mtp",)
+"""config.json keys that say whether there are any."""
+
+MTP_PADDED_LISTS = (
+    "layer_types", "mlp_layer_types", "layers_block_type", "swiglu_limits", "swiglu_limits_shared",
+    "rope_theta", "partial_rotary_factors",
+)  # fmt: skip
+"""config.json lists with one entry per layer that some vendors let cover attached layers too."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,15 @@ from moeprune.core.shapes import LayerShape
 from moeprune.errors import PlanError, UnsupportedModelError
 from moeprune.files import json_bytes, new_directory, sha256_bytes
 from moeprune.models import quirks
-from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.attached import (
+    KEEP_PRUNED,
+    Attached,
+    check_choice,
+    check_equal_counts,
+    find_attached,
+    without_heads,
+)
+from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import native_class
@@ -43,12 +51,15 @@ class Sizes:
         parameters: values in all tensors, before and after.
         nonzero: the same without the weights that a mask zeroes.
         bytes: of all tensors, before and after.
+        attached: what was done to how many tensors of heads that transformers does not load
+            (see ``models.attached``); empty if there are none.
     """
 
     experts: tuple[int, int]
     parameters: tuple[int, int]
     nonzero: tuple[int, int]
     bytes: tuple[int, int]
+    attached: Mapping[str, int] = field(default_factory=dict)
 
 
 def apply_plan(
@@ -57,18 +68,27 @@ def apply_plan(
     out: Path,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    mtp: str = KEEP_PRUNED,
 ) -> Sizes:
     """Write the checkpoint that ``plan`` describes to ``out``.
+
+    ``mtp`` says what happens to heads that transformers does not load: they are pruned like the
+    nearest layer (``keep-pruned``) or left out (``drop``). A plan that deletes no expert leaves
+    routers and counts as they are; heads are then copied whole, and masks do not touch them.
 
     Raises:
         PlanError: the plan is not for this model, or asks for what its router cannot do.
         UnsupportedModelError: experts of this family cannot be edited.
         OutputError: ``out`` exists, or could not be written; nothing is left behind.
     """
+    check_choice(mtp)
     model = LayeredModel(checkpoint)
     layout = expert_layout(model)
     check_plan(model, plan)
-    surgeon = _Surgeon(model, plan, layout)
+    deletes = any(layer.dropped for layer in plan.layers.values())
+    attached = find_attached(model, layout, mtp, deletes)
+    check_equal_counts(plan, {i: site.shape for i, site in model.sites.items()}, attached)
+    surgeon = _Surgeon(model, plan, layout, attached)
     pieces = surgeon.pieces()
     config = surgeon.config()
     with new_directory(out, force) as work:
@@ -105,6 +125,7 @@ def _provenance(checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Si
         "parameters": list(sizes.parameters),
         "nonzero_parameters": list(sizes.nonzero),
         "tensor_bytes": list(sizes.bytes),
+        "attached": dict(sizes.attached),
     }
 
 
@@ -159,8 +180,14 @@ def _check_router(layer: LayerPlan, shape: LayerShape) -> None:
 class _Surgeon:
     """Turns a validated plan into pieces, config and code of the new checkpoint."""
 
-    def __init__(self, model: LayeredModel, plan: Plan, layout: Mapping[str, DiskTensor]) -> None:
-        self.model, self.plan, self.layout = model, plan, layout
+    def __init__(
+        self,
+        model: LayeredModel,
+        plan: Plan,
+        layout: Mapping[str, DiskTensor],
+        attached: Attached,
+    ) -> None:
+        self.model, self.plan, self.layout, self.attached = model, plan, layout, attached
         self.checkpoint = model.checkpoint
         self.novices = any(layer.replaced for layer in plan.layers.values())
         self.dropped = max((len(layer.dropped) for layer in plan.layers.values()), default=0)
@@ -171,6 +198,9 @@ class _Surgeon:
         found: list[Piece] = []
         with_novices: set[int] = set()
         for key, info in self.checkpoint.tensors.items():
+            if key in self.attached.keys:
+                found += self._of_head(key, info)
+                continue
             tensor = self.layout.get(key)
             layer = None if tensor is None else self.plan.layers.get(tensor.layer)
             if tensor is None or layer is None:
@@ -181,6 +211,15 @@ class _Surgeon:
                 found += self._novices(layer, tensor)
             found += self._edited(key, tensor, layer)
         return found
+
+    def _of_head(self, key: str, info: TensorInfo) -> list[Piece]:
+        if self.attached.dropped:
+            return []
+        tensor = self.attached.tensors.get(key)
+        layer = None if tensor is None else self.plan.layers.get(tensor.layer)
+        if tensor is None or layer is None:
+            return [copied(key, info)]
+        return self._edited(key, tensor, replace(layer, mask=None))  # a head was not observed
 
     def _edited(self, key: str, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
         info = self.checkpoint.tensors[key]
@@ -244,6 +283,8 @@ class _Surgeon:
         if self.dropped:
             before = next(iter(self.model.sites.values())).shape.experts
             _set_expert_count(config, before, before - self.dropped)
+        if self.attached.dropped and self.attached.heads:
+            without_heads(config)
         if self.novices:
             native = native_class(self.model.config)
             config["approximate_experts"] = {
@@ -270,6 +311,7 @@ class _Surgeon:
             parameters=(numel, after),
             nonzero=(numel, after - self._masked),
             bytes=(self.checkpoint.nbytes, sum(piece.nbytes for piece in pieces)),
+            attached=self.attached.counts(),
         )
 
 

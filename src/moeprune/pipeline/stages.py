@@ -17,6 +17,7 @@ from moeprune.errors import OutputError
 from moeprune.evaluation.perplexity import evaluate as evaluate_models
 from moeprune.files import refuse_existing
 from moeprune.models import data
+from moeprune.models.attached import KEEP_PRUNED, check_choice
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.store import read_plan
 from moeprune.models.store import write_plan as save_plan
@@ -55,19 +56,24 @@ def apply(
     out: Source,
     force: bool = False,
     progress: Progress = silent,
+    mtp: str = KEEP_PRUNED,
 ) -> Sizes:
     """Write the checkpoint that a plan describes.
+
+    ``mtp``: heads that transformers does not load are pruned like the nearest layer
+    (``keep-pruned``) or left out (``drop``).
 
     Raises:
         MoepruneError: the plan does not fit the model, or the output cannot be written.
     """
     out = Path(out)
+    check_choice(mtp)
     refuse_existing(out, force)
     checkpoint = Checkpoint.open(source)
     _refuse_source(checkpoint, out)
     chosen = plan_or_path if isinstance(plan_or_path, Plan) else read_plan(Path(plan_or_path))
     return apply_plan(
-        checkpoint, chosen, out, force, lambda done, total: progress("writing", done, total)
+        checkpoint, chosen, out, force, lambda done, total: progress("writing", done, total), mtp
     )
 
 
@@ -108,6 +114,7 @@ def prune(
     seed: int = 0,
     force: bool = False,
     progress: Progress = silent,
+    mtp: str = KEEP_PRUNED,
 ) -> Pruned:
     """calibrate + plan + apply. The plan is kept in the new checkpoint as well.
 
@@ -115,6 +122,7 @@ def prune(
         MoepruneError: anything the user can mend; nothing is left behind.
     """
     refuse_existing(Path(out), force)
+    check_choice(mtp)
     chosen = method if isinstance(method, Method) else make_method(method, options)
     chosen.accept(budget)
     _refuse_source(Checkpoint.open(source), Path(out))
@@ -142,7 +150,7 @@ def prune(
         )
         seconds["plan"] = time.perf_counter() - start
         start = time.perf_counter()
-        sizes = apply(source, made, out, force, progress)
+        sizes = apply(source, made, out, force, progress, mtp)
         seconds["apply"] = time.perf_counter() - start
     finally:
         shutil.rmtree(work, ignore_errors=True)
