@@ -127,7 +127,8 @@ def _expert_tensor(
     if pattern is not None:
         converter = model.converter(pattern)
         per_expert = any(isinstance(op, MergeModulelist) for op in converter.operations)
-        transposed ^= any(isinstance(op, Transpose) for op in converter.operations)
+        loaded = tuple(getattr(site.experts, parameter).shape)
+        transposed ^= any(_transposes(op, info.shape, loaded) for op in converter.operations)
         interleaved ^= any(isinstance(op, Interleave) for op in converter.operations)
         if role == "gate_up" and len(converter.source_patterns) == 2:
             role = ("gate", "up")[converter.source_patterns.index(pattern)]
@@ -139,6 +140,11 @@ def _expert_tensor(
     tensor = DiskTensor(key, site.shape.layer, role, expert, 0, axis, interleaved)
     _check_shape(tensor, info, site)
     return tensor
+
+
+def _transposes(operation: object, stored: tuple[int, ...], loaded: tuple[int, ...]) -> bool:
+    """Whether a conversion turns the matrices; some look at the shape, as both layouts exist."""
+    return isinstance(operation, Transpose) and not (operation.check_dims and stored == loaded)
 
 
 def _check_shape(tensor: DiskTensor, info: TensorInfo, site: MoESite) -> None:

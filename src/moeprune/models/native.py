@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 from transformers.utils import logging as transformers_logging
 
 from moeprune.errors import UnsupportedModelError
@@ -46,11 +51,30 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
 
 def native_class(config: Any) -> Any:
-    """transformers' own class for a causal language model of this configuration."""
-    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if cls is None:
+    """transformers' own class for a language model of this configuration.
+
+    A configuration with parts for vision or audio gets the class that has those towers as well,
+    unless ``architectures`` names the language model alone.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    mappings = (AutoModelForMultimodalLM._model_mapping, AutoModelForCausalLM._model_mapping)
+    found = [mapping.get(type(config), None) for mapping in mappings]
+    classes = [cls[0] if isinstance(cls, (list, tuple)) else cls for cls in found if cls]
+    if not classes:
         raise UnsupportedModelError(f"{config.model_type} is not a causal language model")
-    return cls[0] if isinstance(cls, (list, tuple)) else cls
+    named = [cls for cls in classes if cls.__name__ in (config.architectures or ())]
+    return (named or classes)[0]
+
+
+def auto_classes(cls: type[Any]) -> list[str]:
+    """The names of transformers' auto classes that open checkpoints of ``cls``."""
+    return [
+        auto.__name__
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+        if auto._model_mapping.get(cls.config_class, None) is cls
+    ]
 
 
 def text_config(config: Any) -> Any:

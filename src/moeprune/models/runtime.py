@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from moeprune.models import novice_runtime
 from moeprune.models.checkpoint import Checkpoint
@@ -63,9 +62,9 @@ def load(
     """
     checkpoint = Checkpoint.open(source)
     config = read_config(checkpoint)
-    cls: Any = AutoModelForCausalLM
+    cls = native_class(config)
     if getattr(text_config(config), "approximate_experts", None):
-        cls = novice_class(native_class(config))
+        cls = novice_class(cls)
     with quiet_transformers():
         model = cls.from_pretrained(checkpoint.path, dtype=dtype, device_map={"": device})
     return model.eval()

@@ -33,7 +33,7 @@ from moeprune.models.attached import (
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.native import native_class
+from moeprune.models.native import auto_classes, native_class
 from moeprune.models.runtime import MODELING_FILE, modeling_files
 from moeprune.models.sites import MoESite
 from moeprune.models.writer import Piece, computed, copied, given, sliced, write_shards
@@ -287,13 +287,15 @@ class _Surgeon:
             without_heads(config)
         if self.novices:
             native = native_class(self.model.config)
-            config["approximate_experts"] = {
+            text = config.get("text_config")  # with towers, the language model's part
+            (text if isinstance(text, dict) else config)["approximate_experts"] = {
                 str(index): list(layer.replaced)
                 for index, layer in sorted(self.plan.layers.items())
                 if layer.replaced
             }
             stem = MODELING_FILE.removesuffix(".py")
-            config["auto_map"] = {"AutoModelForCausalLM": f"{stem}.Novice{native.__name__}"}
+            name = f"{stem}.Novice{native.__name__}"
+            config["auto_map"] = dict.fromkeys(auto_classes(native), name)
         return config
 
     def code(self) -> dict[str, str]:
@@ -367,7 +369,8 @@ def mask_in_memory(site: MoESite, layer: LayerPlan) -> None:
 
 
 def _set_expert_count(config: dict[str, Any], before: int, after: int) -> None:
-    for part in (config, config.get("text_config"), config.get("ffn_config")):
+    # with towers, what counts is the language model's part
+    for part in (config.get("text_config"), config, config.get("ffn_config")):
         if not isinstance(part, dict):
             continue
         keys = [key for key in quirks.EXPERT_COUNT_KEYS if key in part]
