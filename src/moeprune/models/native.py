@@ -11,10 +11,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    __version__,
 )
 from transformers.utils import logging as transformers_logging
 
 from moeprune.errors import UnsupportedModelError
+from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint
 
 
@@ -43,11 +45,21 @@ def read_config(checkpoint: Checkpoint) -> Any:
         return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
         kind = checkpoint.config.get("model_type", "without model_type")
+        if "auto_map" in checkpoint.config:
+            raise _needs_its_own_code(f"{checkpoint.path} (model {kind!r})", str(kind)) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
             f"transformers cannot read the configuration of {checkpoint.path} (model {kind!r})",
             first[:200],
         ) from error
+
+
+def _needs_its_own_code(what: str, kind: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"transformers {__version__} has no class of its own for {what}; "
+        "code that comes with a checkpoint is not run",
+        quirks.ONLY_WITH_OWN_CODE.get(kind, "use a checkpoint of a type that transformers has"),
+    )
 
 
 def native_class(config: Any) -> Any:
@@ -62,6 +74,8 @@ def native_class(config: Any) -> Any:
     mappings = (AutoModelForMultimodalLM._model_mapping, AutoModelForCausalLM._model_mapping)
     found = [mapping.get(type(config), None) for mapping in mappings]
     classes = [cls[0] if isinstance(cls, (list, tuple)) else cls for cls in found if cls]
+    if not classes and getattr(config, "auto_map", None):
+        raise _needs_its_own_code(f"a language model of type {config.model_type!r}", "")
     if not classes:
         raise UnsupportedModelError(f"{config.model_type} is not a causal language model")
     named = [cls for cls in classes if cls.__name__ in (config.architectures or ())]

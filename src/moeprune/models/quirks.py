@@ -48,3 +48,9 @@ MTP_PADDED_LISTS = (
     "rope_theta", "partial_rotary_factors",
 )  # fmt: skip
 """config.json lists with one entry per layer that some vendors let cover attached layers too."""
+
+ONLY_WITH_OWN_CODE = {
+    "deepseek": "DeepSeekMoE's successors are known: deepseek_v2 (DeepSeek-V2-Lite) and "
+    "deepseek_v3 (Moonlight-16B-A3B)",
+}
+"""Model types that only the code in their checkpoints knows, with what to use instead."""
