@@ -360,12 +360,21 @@ def test_refuses_a_fused_head_of_another_size(tiny: Tiny, tmp_path: Path) -> Non
         apply_plan(Checkpoint.open(source), dropping(source), tmp_path / "out")
 
 
+NO_HEAD = {
+    "left over in a layer": "model.layers.2.mlp.experts.3.gate_proj.weight_scale",
+    "another model's": "talker.model.layers.0.mlp.experts.3.gate_proj.weight",
+}
+
+
 @pytest.mark.parametrize("mtp", ["keep-pruned", DROP])
-def test_refuses_what_is_left_over_in_the_layers(mtp: str, tiny: Tiny, tmp_path: Path) -> None:
-    """Not a head: the class loads that layer, and something of its experts is unknown to it."""
-    stray = {"model.layers.2.mlp.experts.3.gate_proj.weight_scale": torch.zeros(1)}
-    source = attach(tiny("deepseek_v3"), tmp_path / "a", stray)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.2\..*weight_scale"):
+@pytest.mark.parametrize("name", sorted(NO_HEAD))
+def test_refuses_experts_that_are_in_no_head(
+    name: str, mtp: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    """They are neither cut by a plan that was not made for them, nor left out."""
+    key = NO_HEAD[name]
+    source = attach(tiny("deepseek_v3"), tmp_path / "a", {key: torch.zeros(24, 32)})
+    with pytest.raises(UnsupportedModelError, match=re.escape(key)):
         apply_plan(Checkpoint.open(source), dropping(source), tmp_path / "out", mtp=mtp)
     assert not (tmp_path / "out").exists()
 

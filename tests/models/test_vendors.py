@@ -177,6 +177,19 @@ def test_code_of_a_checkpoint_never_runs(config: dict[str, object], tmp_path: Pa
     assert "\n" not in caught.value.problem + caught.value.hint
 
 
+def test_a_known_type_with_a_bad_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the value that is wrong, not that code is missing."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("hidden_size is not a number")
+
+    source = bare(tmp_path / "a", **VENDORS["Moonlight-16B-A3B"].small())
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    with pytest.raises(UnsupportedModelError, match="cannot read the configuration") as caught:
+        LayeredModel(Checkpoint.open(source))
+    assert caught.value.hint == "hidden_size is not a number"
+
+
 def test_unknown_without_code(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="cannot read the configuration"):
         LayeredModel(Checkpoint.open(bare(tmp_path / "a", model_type="something_new")))

@@ -36,7 +36,7 @@ CHOICES = (KEEP_PRUNED, DROP)
 
 _LAYER = re.compile(r"(?P<list>(?:[^.]+\.)*?)(?P<index>\d+)\.(?P<rest>.+)")
 _EXPERT = re.compile(r"(?P<head>.*experts\.)(?P<expert>\d+)\.(?P<tail>.+)")
-_HEAD_NAME = re.compile(r"mtp|nextn", re.IGNORECASE)
+_HEAD_NAME = re.compile(r"(?:^|[._])(?:mtp|nextn)")
 _HINT = "leave the attached heads out: --mtp drop"
 
 
@@ -85,19 +85,19 @@ def find_attached(
         deletes: whether experts are deleted; if not, heads that are kept stay as they are.
 
     Raises:
-        UnsupportedModelError: a tensor belongs to experts or has one entry per expert, and its name
-            is not one that the model's own layers explain.
+        UnsupportedModelError: a tensor that is not loaded belongs to experts but to no head, or, in
+            a head that is to be pruned, its name is not one that the model's own layers explain.
     """
     template = _Template.of(model, layout)
     heads = {}
     for root, keys in _unused(model, layout).items():
-        holds_experts = template.holds_experts(keys)
-        if holds_experts and root.startswith(template.loaded):
-            raise UnsupportedModelError(
-                f"{keys[0]} belongs to experts, and transformers does not load it"
-            )
-        if holds_experts or template.is_layer(root) or _HEAD_NAME.search(root):
+        if template.is_layer(root) or _HEAD_NAME.search(root):
             heads[root] = keys
+        elif template.holds_experts(keys):  # left over in a layer, or of another model beside it
+            raise UnsupportedModelError(
+                f"{keys[0]} belongs to experts, transformers does not load it, and it is not in a "
+                "prediction layer by its name"
+            )
     tensors: dict[str, DiskTensor] = {}
     if deletes and mtp == KEEP_PRUNED:
         infos = model.checkpoint.tensors
@@ -138,7 +138,6 @@ class _Template:
     Attributes:
         layer, experts: its index and its number of experts.
         layers: the beginning of the names of all decoder layers.
-        loaded: the same with the index, of every layer that the class loads.
         known: the names of its tensors, without their beginning.
         edited: those of experts and routers.
         sizes: entries along ``dim`` of those that hold all experts.
@@ -147,7 +146,6 @@ class _Template:
     layer: int
     experts: int
     layers: str
-    loaded: tuple[str, ...]
     known: frozenset[str]
     edited: Mapping[str, DiskTensor]
     sizes: Mapping[str, int]
@@ -160,17 +158,11 @@ class _Template:
         assert match is not None, "tensors of a layer have its index in their names"
         layers, prefix = match["list"], f"{match['list']}{match['index']}."
         infos = model.checkpoint.tensors
-        indices = {
-            m["index"]
-            for key in infos
-            if (m := _LAYER.fullmatch(key)) and m["list"] == layers and model.target(key)[0]
-        }
         edited = {key.removeprefix(prefix): tensor for key, tensor in own.items()}
         return cls(
             layer,
             model.sites[layer].shape.experts,
             layers,
-            tuple(f"{layers}{index}." for index in sorted(indices)),
             frozenset(key.removeprefix(prefix) for key in infos if key.startswith(prefix)),
             edited,
             {n: infos[t.key].shape[t.dim] for n, t in edited.items() if t.expert is None},

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     __version__,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from moeprune.errors import UnsupportedModelError
@@ -45,7 +46,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
         return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
         kind = checkpoint.config.get("model_type", "without model_type")
-        if "auto_map" in checkpoint.config:
+        if "auto_map" in checkpoint.config and kind not in list(CONFIG_MAPPING):
             raise _needs_its_own_code(f"{checkpoint.path} (model {kind!r})", str(kind)) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
