@@ -22,6 +22,7 @@ from moeprune.cli.options import (
     Length,
     Method,
     Model,
+    Mtp,
     MultipleOf,
     Options,
     Pad,
@@ -202,6 +203,7 @@ def apply(
     plan: Annotated[Path, typer.Option(help="Output of **moeprune plan**.")],
     out: Annotated[Path, typer.Option(help="Directory for the new checkpoint.")],
     pad: Pad = False,
+    mtp: Mtp = "keep-pruned",
     dequantize: Dequantize = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -213,7 +215,7 @@ def apply(
     from moeprune.pipeline import stages
 
     with output.progress_bars() as progress:
-        writing = stages.Writing(pad, dequantize)
+        writing = stages.Writing(pad, mtp, dequantize)
         sizes = stages.apply(model, plan, out, force, progress, writing)
     output.print_sizes(out, sizes, {}, as_json)
 
@@ -239,6 +241,7 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    mtp: Mtp = "keep-pruned",
     dequantize: Dequantize = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -263,7 +266,7 @@ def prune(
             force,
             progress,
             uniform,
-            stages.Writing(pad, dequantize),
+            stages.Writing(pad, mtp, dequantize),
         )
     if statistics is None and done.plan.statistics:
         output.tell_default_text(model, data)

@@ -49,6 +49,12 @@ Statistics = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Output of **moeprune calibrate**."),
 ]
+Mtp = Annotated[
+    str,
+    typer.Option(
+        help="Attached prediction layers: **keep-pruned** (as the nearest layer) or **drop**."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draw of text, and of the method.")]
 Sequences = Annotated[int, typer.Option(help="Calibration sequences in all.")]
 Length = Annotated[int, typer.Option(help="Tokens per sequence, clipped to the model's limit.")]

@@ -114,7 +114,8 @@ def set_counts(model: LayeredModel, counts: Mapping[int, int]) -> dict[str, Any]
 
 def _set_expert_count(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
     """Returns the part of the configuration that holds the number."""
-    for part in (config, config.get("text_config"), config.get("ffn_config")):
+    # with towers, what counts is the language model's part
+    for part in (config.get("text_config"), config, config.get("ffn_config")):
         if not isinstance(part, dict):
             continue
         keys = [key for key in quirks.EXPERT_COUNT_KEYS if key in part]

@@ -126,7 +126,9 @@ def _companions(
         if match is not None:
             known = single.get(match["head"])
             expert = int(match["expert"])
-            if known is None or expert >= model.sites[known.layer].shape.experts:
+            if known is None:
+                continue  # of another block than the model's own: see attached.py
+            if expert >= model.sites[known.layer].shape.experts:
                 raise _not_loaded(key)
             companions[key] = DiskTensor(key, known.layer, "other", expert)
         elif parent in fused and parent not in single:
@@ -143,8 +145,7 @@ def _companions(
 
 def _not_loaded(key: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{key} belongs to experts that transformers does not load "
-        "(an attached prediction head?); editing them is not supported yet"
+        f"{key} stands beside experts, and transformers does not load it: what it is for is unknown"
     )
 
 
@@ -200,7 +201,8 @@ def _expert_tensor(
     if pattern is not None:
         converter = model.converter(pattern)
         per_expert = any(isinstance(op, MergeModulelist) for op in converter.operations)
-        transposed ^= any(isinstance(op, Transpose) for op in converter.operations)
+        loaded = tuple(getattr(site.experts, parameter).shape)
+        transposed ^= any(_transposes(op, info.shape, loaded) for op in converter.operations)
         interleaved ^= any(isinstance(op, Interleave) for op in converter.operations)
         if role == "gate_up" and len(converter.source_patterns) == 2:
             role = ("gate", "up")[converter.source_patterns.index(pattern)]
@@ -214,6 +216,11 @@ def _expert_tensor(
     tensor = DiskTensor(key, site.shape.layer, role, expert, 0, axis, interleaved)
     _check_shape(tensor, info, site)
     return tensor
+
+
+def _transposes(operation: object, stored: tuple[int, ...], loaded: tuple[int, ...]) -> bool:
+    """Whether a conversion turns the matrices; some look at the shape, as both layouts exist."""
+    return isinstance(operation, Transpose) and not (operation.check_dims and stored == loaded)
 
 
 def _check_shape(tensor: DiskTensor, info: TensorInfo, site: MoESite) -> None:

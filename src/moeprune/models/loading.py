@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.models import uneven_runtime
@@ -40,8 +40,8 @@ RESIDENT = -1
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model with parameters on meta and real buffers (rotary tables, correction biases)."""
     cls = native_class(config)
-    if cls.config_class is type(text_config(config)):
-        config = text_config(config)  # as AutoModelForCausalLM does where there is a tower as well
+    if not isinstance(config, cls.config_class):
+        config = text_config(config)  # of a model with towers, the language model alone
     if getattr(text_config(config), "approximate_experts", None):
         cls = novice_class(cls)
     with quiet_transformers(), init_empty_weights(include_buffers=False):
@@ -53,18 +53,23 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers, as (qualified name, module list).
+    """The language model's list of decoder layers, as (qualified name, module list).
 
     Raises:
         UnsupportedModelError: there is none of the configured length.
     """
     config = text_config(model.config)
     counts = {getattr(config, key, None) for key in ("num_hidden_layers", "num_layers")}
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) in counts
-    ]
+    lists = []
+    owners = {"": model}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            owners[name] = module
+        if isinstance(module, nn.ModuleList) and len(module) in counts:
+            # a vision or audio tower may have as many layers; its configuration is another
+            owner = max((o for o in owners if f"{name}.".startswith(f"{o}." if o else "")), key=len)
+            if isinstance(owners[owner].config, type(config)):
+                lists.append((name, module))
     for name, module in lists:
         if any(is_experts(m) for m in module.modules()):
             return name, module
@@ -98,8 +103,8 @@ class LayeredModel:
         self.checkpoint = checkpoint
         self.config = read_config(checkpoint)
         self.quantisation = Quantisation.of(checkpoint)
-        stored = getattr(text_config(self.config), "dtype", None) or torch.float32
-        self.dtype = dtype or stored
+        stored = [getattr(c, "dtype", None) for c in (text_config(self.config), self.config)]
+        self.dtype = dtype or stored[0] or stored[1] or torch.float32
         self.device = torch.device(device)
         self.model: Any = skeleton(self.config, self.dtype)
         self.prefix, self.layers = find_layers(self.model)
@@ -125,6 +130,11 @@ class LayeredModel:
     def target(self, key: str) -> tuple[str | None, str | None]:
         """The parameter that a weight on disk becomes (part of), and the conversion's pattern."""
         return self._names[key]
+
+    def uses(self, key: str) -> bool:
+        """Whether a tensor on disk becomes part of a parameter."""
+        part = self.quantisation.parts.get(key)
+        return self.target(key if part is None else part.name)[0] is not None
 
     def disk_name(self, name: str) -> str:
         """The name on disk of a parameter that is stored as it is."""

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.generated import novice_class, uneven_class
@@ -43,20 +43,21 @@ def load(
         quantisation.refuse()
     elif quantisation.method in SUPPORTED and torch.device(device).type == "cpu":
         return _dequantised(checkpoint, quantisation, config, dtype)
+    cls = _class_of(config)
     with quiet_transformers():
-        cls = _class_of(config) or AutoModelForCausalLM
         model = cls.from_pretrained(checkpoint.path, dtype=dtype, device_map={"": device})
     return model.eval()
 
 
 def _class_of(config: Any) -> Any:
-    """The class of ours that a configuration needs; None where a stock one does."""
+    """The class that opens checkpoints of a configuration: ours where no stock one can."""
+    native = native_class(config)
     if getattr(text_config(config), "approximate_experts", None):
-        return novice_class(native_class(config))
+        return novice_class(native)
     if is_uneven(config):
         model = skeleton(config, torch.float32)
-        return uneven_class(native_class(config), resize_facts(model, find_layers(model)[0]))
-    return None
+        return uneven_class(native, resize_facts(model, find_layers(model)[0]))
+    return native
 
 
 def _dequantised(
@@ -73,9 +74,9 @@ def _dequantised(
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cpu"}}
     if (checkpoint.path / "generation_config.json").is_file():
         options["generation_config"] = GenerationConfig.from_pretrained(checkpoint.path)
+    cls = _class_of(config)
     with quiet_transformers():
         state = lazy_state(checkpoint, quantisation, quantisation.names(checkpoint), dtype)
-        cls = _class_of(config) or native_class(config)
         model = cls.from_pretrained(None, config=config, state_dict=state, **options)
     model.config.name_or_path = str(checkpoint.path)
     return model.eval()

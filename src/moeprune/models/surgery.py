@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,14 @@ from moeprune.core.shapes import LayerShape
 from moeprune.errors import CheckpointError, PlanError, UnsupportedModelError
 from moeprune.files import json_bytes, new_directory, sha256_bytes
 from moeprune.models import quirks
+from moeprune.models.attached import (
+    KEEP_PRUNED,
+    Attached,
+    check_choice,
+    check_equal_counts,
+    find_attached,
+    without_heads,
+)
 from moeprune.models.byte_exact import (
     kept_by_module,
     refuse_changes,
@@ -47,7 +55,7 @@ from moeprune.models.generated import (
 )
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.native import native_class, text_config
+from moeprune.models.native import auto_classes, native_class, text_config
 from moeprune.models.quantised import (
     bf16_piece,
     parameters,
@@ -73,12 +81,15 @@ class Sizes:
         parameters: values in all tensors, before and after.
         nonzero: the same without the weights that a mask zeroes.
         bytes: of all tensors, before and after.
+        attached: what was done to how many tensors of heads that transformers does not load
+            (see ``models.attached``); empty if there are none.
     """
 
     experts: tuple[int, int]
     parameters: tuple[int, int]
     nonzero: tuple[int, int]
     bytes: tuple[int, int]
+    attached: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,11 +99,21 @@ class Writing:
     Attributes:
         pad: fill layers that keep fewer experts than others with pads that are never chosen, so
             that stock classes open the result; refused where that would not be exact.
+        mtp: what happens to attached prediction layers, which transformers does not load: they
+            are pruned like the nearest layer (``keep-pruned``) or left out (``drop``). A plan that
+            deletes no expert leaves routers and counts as they are; heads are then copied whole.
         dequantize: quantised weights become bf16, all together, instead of keeping their bytes.
+
+    Raises:
+        MoepruneError: ``mtp`` is neither.
     """
 
     pad: bool = False
+    mtp: str = KEEP_PRUNED
     dequantize: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(self.mtp)
 
 
 def apply_plan(
@@ -130,7 +151,10 @@ def apply_plan(
         refuse_dequantize(checkpoint, model.quantisation)
     else:
         refuse_changes(plan, layout, model.quantisation)
-    surgeon = _Surgeon(model, plan, layout, writing)
+    deletes = any(layer.dropped for layer in plan.layers.values())
+    attached = find_attached(model, layout, writing.mtp, deletes)
+    check_equal_counts(plan, {i: site.shape for i, site in model.sites.items()}, attached)
+    surgeon = _Surgeon(model, plan, layout, attached, writing)
     pieces = surgeon.pieces()
     config = surgeon.config()
     with new_directory(out, force) as work:
@@ -171,6 +195,7 @@ def _provenance(
         "nonzero_parameters": list(sizes.nonzero),
         "tensor_bytes": list(sizes.bytes),
         "dequantized_from": dequantized,
+        "attached": dict(sizes.attached),
     }
 
 
@@ -229,9 +254,14 @@ class _Surgeon:
     """Turns a validated plan into pieces, config and code of the new checkpoint."""
 
     def __init__(
-        self, model: LayeredModel, plan: Plan, layout: Mapping[str, DiskTensor], writing: Writing
+        self,
+        model: LayeredModel,
+        plan: Plan,
+        layout: Mapping[str, DiskTensor],
+        attached: Attached,
+        writing: Writing,
     ) -> None:
-        self.model, self.plan, self.layout = model, plan, layout
+        self.model, self.plan, self.layout, self.attached = model, plan, layout, attached
         self.checkpoint, self.quantisation = model.checkpoint, model.quantisation
         self.dequantized = self.quantisation.method if writing.dequantize else None
         self.novices = any(layer.replaced for layer in plan.layers.values())
@@ -253,6 +283,9 @@ class _Surgeon:
         for key in self.checkpoint.tensors:
             if self.dequantized and self.quantisation.is_scale(key):
                 continue
+            if key in self.attached.keys:
+                found += self._of_head(key)
+                continue
             tensor = self.layout.get(key)
             layer = None if tensor is None else self.plan.layers.get(tensor.layer)
             if tensor is None or layer is None:
@@ -263,6 +296,15 @@ class _Surgeon:
                 found += self._novices(layer, tensor)
             found += self._edited(key, tensor, layer)
         return found
+
+    def _of_head(self, key: str) -> list[Piece]:
+        if self.attached.dropped:
+            return []
+        tensor = self.attached.tensors.get(key)
+        layer = None if tensor is None else self.plan.layers.get(tensor.layer)
+        if tensor is None or layer is None:
+            return [self._copied(key)]
+        return self._edited(key, tensor, replace(layer, mask=None))  # a head was not observed
 
     def _edited(self, key: str, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
         info = self.checkpoint.tensors[key]
@@ -379,13 +421,16 @@ class _Surgeon:
         elif self.quantisation.method and any(p.dropped for p in self.plan.layers.values()):
             kept = kept_by_module(self.model.sites, self.layout, self.plan)
             config = with_description(config, lambda old: renumbered(old, kept))
+        if self.attached.dropped and self.attached.heads:
+            without_heads(config)
         if self.novices:
-            config["approximate_experts"] = {
+            text = config.get("text_config")  # with towers, the language model's part
+            (text if isinstance(text, dict) else config)["approximate_experts"] = {
                 str(index): list(layer.replaced)
                 for index, layer in sorted(self.plan.layers.items())
                 if layer.replaced
             }
-        return set_code(config, self.code)
+        return set_code(config, self.code, auto_classes(native_class(self.model.config)))
 
     @property
     def code(self) -> GeneratedCode | None:
@@ -408,6 +453,7 @@ class _Surgeon:
             parameters=(numel, after),
             nonzero=(numel, after - self._zeroed),
             bytes=(self.checkpoint.nbytes, sum(piece.nbytes for piece in pieces)),
+            attached=self.attached.counts(),
         )
 
 

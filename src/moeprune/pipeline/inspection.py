@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeprune.errors import MoepruneError
+from moeprune.models.attached import KEEP_PRUNED, find_attached
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import expert_layout, refuse
 from moeprune.models.loading import LayeredModel
@@ -17,9 +18,10 @@ def inspect(source: Source) -> dict[str, Any]:
     """What a checkpoint is, without reading its weights."""
     checkpoint = Checkpoint.open(source)
     model = LayeredModel(checkpoint)
+    heads: list[str] = []
     try:
         refuse(model)
-        expert_layout(model)
+        heads = sorted(find_attached(model, expert_layout(model), KEEP_PRUNED, False).heads)
         reason = None
     except MoepruneError as error:
         reason = error.problem
@@ -37,6 +39,7 @@ def inspect(source: Source) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantisation.method,
         "fingerprint": checkpoint.fingerprint,
+        "attached": heads,
         "supported": reason is None,
         "reason": reason,
     }

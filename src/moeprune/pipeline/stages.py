@@ -61,8 +61,8 @@ def apply(
 ) -> Sizes:
     """Write the checkpoint that a plan describes.
 
-    Of a quantised model every kept weight and scale keeps its bytes; with ``dequantize`` all
-    quantised weights are written as bf16, which weight masks and novices need.
+    Of a quantised model every kept weight and scale keeps its bytes, unless ``writing`` says
+    otherwise.
 
     Raises:
         MoepruneError: the plan does not fit the model, or the output cannot be written.
