@@ -179,6 +179,25 @@ class LayeredModel:
                     meta = torch.empty_like(p, device="meta")
                     module._parameters[name] = nn.Parameter(meta, requires_grad=False)
 
+    def load_shapes(self) -> Any:
+        """Run transformers' own conversion on shapes alone; nothing is read.
+
+        The buffers of the model are lost, so use this one for nothing else.
+
+        Returns:
+            transformers' report: ``missing_keys``, ``mismatched_keys`` (name, found, expected) and
+            ``conversion_errors`` by name.
+        """
+        tensors = self.checkpoint.tensors
+        names = [key for key, (name, _) in self._names.items() if name is not None]
+        config = LoadStateDictConfig(
+            device_map={"": "meta"}, dtype=self.dtype, weight_mapping=self._mapping
+        )
+        with quiet_transformers(), torch.device("meta"):
+            state = {key: torch.empty(tensors[key].shape, dtype=self.dtype) for key in names}
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, config, None)
+        return info
+
     def _refuse_missing(self, names: list[str]) -> None:
         if names:
             raise CheckpointError(

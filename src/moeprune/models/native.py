@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from moeprune.errors import UnsupportedModelError
@@ -56,3 +57,13 @@ def native_class(config: Any) -> Any:
 def text_config(config: Any) -> Any:
     """The language model's part of a configuration."""
     return config.get_text_config()
+
+
+def knows_type(model_type: Any) -> bool:
+    """Whether transformers has a configuration of that ``model_type``."""
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def knows_class(name: str) -> bool:
+    """Whether transformers has a model class of that name."""
+    return isinstance(getattr(transformers, name, None), type)
