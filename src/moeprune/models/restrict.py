@@ -122,9 +122,7 @@ def _set(module: nn.Module, name: str, value: Tensor) -> None:
         setattr(module, name, nn.Parameter(value.detach(), requires_grad=False))
 
 
-def _replace_outputs(
-    experts: Any, constants: Mapping[int, Tensor], device: torch.device
-) -> None:
+def _replace_outputs(experts: Any, constants: Mapping[int, Tensor], device: torch.device) -> None:
     own = experts.forward
     E, H = int(experts.num_experts), len(next(iter(constants.values())))
     table_EH = torch.zeros(E, H, dtype=torch.float32, device=device)

@@ -23,7 +23,8 @@ _AGAIN = "apply the plan to the original again"
 def _reference(subject: Subject) -> tuple[Reference, dict[int, Edit]]:
     if subject.reference is None:
         raise Skip("no original was given (--against)")
-    _ = subject.config, subject.tensors
+    _ = subject.config
+    subject.require_all()
     try:
         return subject.reference, subject.reference.edits
     except MoepruneError as error:
@@ -226,13 +227,8 @@ def logits(subject: Subject) -> Found:
 
 RULES = (
     Rule("against-plan", "with --against: the plan is for that original", plan),
-    Rule(
-        "against-tensors", "with --against: what was kept is equal byte for byte", tensors
-    ),
+    Rule("against-tensors", "with --against: what was kept is equal byte for byte", tensors),
     Rule("against-constants", "with --against --plan: constants are the plan's", constants),
-    Rule(
-        "against-masks", "with --against: masked weights are zero or the original's", masks
-    ),
+    Rule("against-masks", "with --against: masked weights are zero or the original's", masks),
     Rule("against-logits", "with --against: logits are those of the restricted original", logits),
 )
-

@@ -17,6 +17,7 @@ def _promised(subject: Subject) -> tuple[str, int]:
 
 def heads(subject: Subject) -> Found:
     """As many as config.json says."""
+    subject.require_all()
     key, count = _promised(subject)
     stored = [name for name in subject.tensors if subject.attached(name)]
     if not count and not stored:
@@ -32,6 +33,7 @@ def heads(subject: Subject) -> Found:
 
 def head_experts(subject: Subject) -> Found:
     """A head routes over as many experts as the layers do."""
+    subject.require_all()
     stored = [name for name in subject.tensors if subject.attached(name)]
     groups = [group for group in subject.groups if subject.attached(group.prefix)]
     fused = [k for k in stored if ".experts." in k and len(subject.tensors[k].shape) == 3]
@@ -40,12 +42,12 @@ def head_experts(subject: Subject) -> Found:
     remedy = _REMEDY.format(_promised(subject)[0])
     blocks: dict[str, int] = {}
     for group in groups:
-        experts = {*group.matrices, *group.novices}
-        blocks[group.prefix] = len(experts)
+        ids = {*group.matrices, *group.novices}
+        blocks[group.prefix] = len(ids)
         expected = subject.experts(group.layer)
-        if experts != set(range(expected)):
+        if ids != set(range(expected)):
             key = min(group.matrices[max(group.matrices)].values()) if group.matrices else ""
-            problem = f"a prediction head has {len(experts)} experts, config.json says {expected}"
+            problem = f"a prediction head has {len(ids)} experts, config.json says {expected}"
             yield subject.at("attached-experts", ERROR, key, problem, remedy)
     for key in fused:
         rows, expected = subject.tensors[key].shape[0], subject.experts(layer_in_name(key))

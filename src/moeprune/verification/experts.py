@@ -1,4 +1,4 @@
-"""Rules about experts by their names: none missing, none twice, none half, constants where listed."""
+"""Rules about experts by name: none missing, twice or half there; constants where listed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ _AGAIN = "write the checkpoint again from the original"
 
 
 def _named(subject: Subject) -> list[Group]:
+    subject.require_all()
     found = list(subject.decoder_groups)
     if not found:
         raise Skip("no experts are stored one by one")
@@ -35,8 +36,11 @@ def _incomplete(group: Group) -> Iterator[tuple[int, str]]:
 
 def troubled(subject: Subject) -> set[int | None]:
     """Layers whose experts have wrong names or counts: their shapes say nothing more."""
-    found: set[int | None] = {f for f in map(_layer_of_key, subject.novices) if f is not None}
-    found = {layer for layer in found if any(True for _ in _novice_findings(subject, layer))}
+    found: set[int | None] = {
+        int(layer)
+        for layer in subject.novices
+        if layer.isdecimal() and any(True for _ in _novice_findings(subject, int(layer)))
+    }
     for group in subject.decoder_groups:
         count = len({*group.matrices, *group.novices, *subject.novices_of(group.layer)})
         wrong = count != subject.experts(group.layer) or group.twice or _missing(subject, group)
@@ -83,12 +87,9 @@ def dtypes(subject: Subject) -> Found:
                 yield subject.at("expert-dtype", ERROR, by_dtype[second], problem, remedy)
 
 
-def _layer_of_key(key: str) -> int | None:
-    return int(key) if key.isdecimal() else None
-
-
 def novices(subject: Subject) -> Found:
     """The list of constants against the constants."""
+    subject.require_all()
     listed = set(subject.novices)
     stored = {str(group.layer) for group in subject.decoder_groups if group.novices}
     if not listed and not stored:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from moeprune.models.checkpoint import INDEX
 from moeprune.verification.finding import ERROR, WARNING, Finding, Found, Rule, Skip
@@ -45,26 +44,20 @@ def weights(subject: Subject) -> Found:
         )  # fmt: skip
 
 
-def _weight_map(subject: Subject) -> dict[str, Any]:
-    file = subject.path / INDEX
-    if not file.is_file():
+def _require_index(subject: Subject) -> None:
+    if not (subject.path / INDEX).is_file():
         raise Skip("there is no index: the weights are one file")
-    index = read_json(file)
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-        raise Skip(f"{INDEX} has no weight_map")
-    return dict(index["weight_map"])
 
 
 def index(subject: Subject) -> Found:
     """The index against the shards."""
-    try:
-        weight_map = _weight_map(subject)
-    except Skip as reason:
-        if "weight_map" in str(reason):
-            yield Finding("index", ERROR, INDEX, None, str(reason), "write the index again")
-            return
-        raise
-    for name in sorted({str(name) for name in weight_map.values()}):
+    _require_index(subject)
+    weight_map = subject.weight_map
+    if not weight_map:
+        problem = "it is not JSON with a weight_map"
+        yield Finding("index", ERROR, INDEX, None, problem, "write the index again")
+        return
+    for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
             yield Finding(
                 "index", ERROR, INDEX, None, f"it points outside the folder: {name!r}",
@@ -74,13 +67,13 @@ def index(subject: Subject) -> Found:
             tensor = min(key for key, file in weight_map.items() if file == name)
             yield Finding("index", ERROR, name, tensor, "this shard is missing", _AGAIN)
     for tensor, name in sorted(weight_map.items()):
-        header = subject.shards.headers.get(str(name))
+        header = subject.shards.headers.get(name)
         if header is None or tensor in header:
             continue
         other = subject.shards.tensors.get(tensor)
         where = "in no shard" if other is None else f"in {other.file.name}"
         problem = f"the index says that it is in {name}, but it is {where}"
-        yield Finding("index", ERROR, str(name), tensor, problem, "write the index again")
+        yield Finding("index", ERROR, name, tensor, problem, "write the index again")
     for tensor, info in subject.shards.tensors.items():
         if tensor not in weight_map:
             problem = "it is in a shard but not in the index"
@@ -90,8 +83,10 @@ def index(subject: Subject) -> Found:
 
 def index_size(subject: Subject) -> Found:
     """total_size."""
-    _weight_map(subject)
-    metadata = read_json(subject.path / INDEX).get("metadata")
+    _require_index(subject)
+    subject.require_all()
+    index = read_json(subject.path / INDEX)
+    metadata = index.get("metadata") if isinstance(index, dict) else None
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     if said is None:
         raise Skip("the index has no total_size")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -65,14 +65,14 @@ class Verification:
         path: the checkpoint.
         findings: in order of the rules.
         skipped: rules that could not be checked, with the reason.
-        checked: ids of the rules that were.
+        rules: all rules, with what holds for a checkpoint that passes them.
         comparison: what was measured against the original; empty without one.
     """
 
     path: str
     findings: tuple[Finding, ...]
-    skipped: tuple[tuple[str, str], ...]
-    checked: tuple[str, ...]
+    skipped: Mapping[str, str]
+    rules: Mapping[str, str]
     comparison: dict[str, Any] = field(default_factory=dict)
 
     def of(self, severity: str) -> list[Finding]:
@@ -92,7 +92,7 @@ class Verification:
             "errors": len(self.of(ERROR)),
             "warnings": len(self.of(WARNING)),
             "findings": [asdict(finding) for finding in self.findings],
-            "checked": list(self.checked),
-            "skipped": [{"rule": rule, "reason": reason} for rule, reason in self.skipped],
+            "skipped": dict(self.skipped),
             "comparison": self.comparison,
+            "rules": dict(self.rules),
         }

@@ -79,7 +79,7 @@ def compare_logits(
         with Walk(model, [batch], progress=tell) as walk:
             walk.layers()
             outputs.append(walk.logits_of(0).float())
-    return _compare(*outputs, dtype) | {"tokens": ids_BL.numel(), "text": kind}
+    return _compare(outputs[0], outputs[1], dtype) | {"tokens": ids_BL.numel(), "text": kind}
 
 
 def _compare(reference_BLV: Tensor, logits_BLV: Tensor, dtype: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def record(subject: Subject) -> Found:
     elif sha256_bytes(plan.read_bytes()) != found.get("plan_sha256"):
         problem = f"it is not the plan that {PROVENANCE} names: their SHA-256 differ"
         yield Finding("provenance", ERROR, PLAN_COPY, None, problem, _AGAIN)
+    subject.require_all()
     stored = {
         "parameters": sum(info.numel for info in subject.tensors.values()),
         "tensor_bytes": sum(info.nbytes for info in subject.tensors.values()),
@@ -58,6 +59,7 @@ def counts(subject: Subject) -> Found:
     except PlanError as error:
         yield Finding("plan-counts", ERROR, PLAN_COPY, None, error.problem, _AGAIN)
         return
+    subject.require_all()
     for layer, edit in sorted(edits.items()):
         stored = _stored(subject, layer)
         if stored is not None and stored != len(edit.keep):

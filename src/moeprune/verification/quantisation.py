@@ -29,6 +29,7 @@ def _block(subject: Subject) -> tuple[int, int] | None:
 
 def fp8_scales(subject: Subject) -> Found:
     """weight_scale_inv, or weight_scale."""
+    subject.require_all()
     weights = _fp8(subject)
     orphans = [
         key
@@ -71,6 +72,7 @@ def _fp8_shape(
 
 def mxfp4_scales(subject: Subject) -> Found:
     """Blocks [..., B, 16] and scales [..., B]."""
+    subject.require_all()
     blocks = {k.removesuffix(_BLOCKS) for k in subject.tensors if k.endswith(_BLOCKS)}
     scales = {
         k.removesuffix(_SCALES)

@@ -35,21 +35,31 @@ RULES: tuple[Rule, ...] = (
 def run(subject: Subject) -> Verification:
     """Check every rule; whatever is wrong with the checkpoint becomes a finding."""
     findings: list[Finding] = []
-    skipped, checked = [], []
+    skipped: dict[str, str] = {}
     for rule in RULES:
         found: list[Finding] = []
         try:
             for finding in rule.check(subject):
                 found.append(finding)
-            checked.append(rule.id)
         except Skip as reason:
-            if not found:
-                skipped.append((rule.id, str(reason)))
+            skipped[rule.id] = str(reason)
         except Exception as error:  # a file so broken that even the rule trips over it
             problem = f"this could not be checked: {type(error).__name__}: {error}"[:200]
             remedy = "mend the other findings first, and verify again"
             found.append(Finding(rule.id, ERROR, CONFIG, None, problem, remedy))
         findings += found
     return Verification(
-        str(subject.path), tuple(findings), tuple(skipped), tuple(checked), subject.comparison
+        str(subject.path),
+        tuple(findings),
+        skipped,
+        {rule.id: rule.describes for rule in RULES},
+        subject.comparison,
+    )
+
+
+def rules_table() -> str:
+    """All rules as a table in Markdown, for the documentation."""
+    rows = [f"| `{rule.id}` | {rule.describes} |" for rule in RULES]
+    return (
+        "\n".join(["| rule | what holds for a checkpoint that passes |", "|---|---|", *rows]) + "\n"
     )

@@ -61,6 +61,7 @@ def fit(subject: Subject) -> Fit:
     Raises:
         Skip: the model cannot be built, or its conversion needs values.
     """
+    subject.require_all()
     if subject.fit is None:
         subject.fit = _fit(subject)
     if isinstance(subject.fit, Exception):
@@ -103,9 +104,7 @@ def _fit(subject: Subject) -> Fit | Exception:
     return Fit(tuple(misfits), tuple(missing))
 
 
-def _kind(
-    model: LayeredModel, name: str, found: tuple[int, ...], expected: tuple[int, ...]
-) -> str:
+def _kind(model: LayeredModel, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     site = model.sites.get(model.group(name))
     if site is None:
         return "other"
@@ -125,6 +124,7 @@ def _report(subject: Subject, rule: str, kind: str, remedy: str) -> Iterator[Fin
 
 def expert_count(subject: Subject) -> Found:
     """E of config.json, or of the layer's own entry, against what is stored."""
+    subject.require_all()
     layers = set()
     for group in subject.decoder_groups:
         layers.add(group.layer)
@@ -165,6 +165,7 @@ def router_vectors(subject: Subject) -> Found:
 
 def expert_shape(subject: Subject) -> Found:
     """Hidden and intermediate sizes of the experts."""
+    subject.require_all()
     skip = troubled(subject)
     for misfit in fit(subject).misfits:
         if misfit.kind == "expert" and misfit.layer not in skip:
@@ -178,6 +179,7 @@ def tensor_shape(subject: Subject) -> Found:
 
 def missing(subject: Subject) -> Found:
     """Parameters of which nothing is stored."""
+    subject.require_all()
     skip = troubled(subject)
     head = _head(subject.model)
     for name in fit(subject).missing:
@@ -214,15 +216,14 @@ def _head(model: LayeredModel) -> str | None:
 
 def tied(subject: Subject) -> Found:
     """Embeddings and head: one matrix or two."""
+    subject.require_all()
     model = subject.model
     sources = {model.target(key)[0]: key for key in subject.tensors}
     for target, source in sorted(model.model.all_tied_weights_keys.items()):
         keys = [sources[name] for name in (target, source) if name in sources]
         if not keys:
             problem = f"neither {target} nor {source}, with which it is tied, is stored"
-            yield subject.at(
-                "tied-weights", ERROR, source, problem, "copy it from the original"
-            )
+            yield subject.at("tied-weights", ERROR, source, problem, "copy it from the original")
         elif len(keys) == 2 and not _same(subject, *keys):
             problem = f"config.json ties it to {keys[1]}, but their values differ"
             remedy = f"delete it, or set tie_word_embeddings to false in {CONFIG}"
@@ -246,7 +247,9 @@ def _same(subject: Subject, a: str, b: str) -> bool:
 RULES = (
     Rule("expert-count", "every layer stores as many experts as config.json says", expert_count),
     Rule("router-rows", "every router has one row per expert", router_rows),
-    Rule("router-vectors", "biases and scales of routers have one entry per expert", router_vectors),
+    Rule(
+        "router-vectors", "biases and scales of routers have one entry per expert", router_vectors
+    ),
     Rule("expert-shape", "experts have the sizes that config.json says", expert_shape),
     Rule("tensor-shape", "all other tensors have the shapes of the model", tensor_shape),
     Rule("missing-tensors", "every parameter of the model is stored", missing),

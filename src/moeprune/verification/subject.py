@@ -1,4 +1,4 @@
-"""A checkpoint as it is found, however broken: whatever cannot be read makes rules skip, not fail."""
+"""A checkpoint as it is found, however broken: what cannot be read makes rules skip, not fail."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ class Shards:
         self.path = path
         self.headers: dict[str, dict[str, TensorInfo]] = {}
         self.damaged: dict[str, str] = {}
+        self.absent: list[str] = []
         self.twice: list[tuple[str, str, str]] = []
         self.tensors: dict[str, TensorInfo] = {}
         self.names = self._names()
@@ -75,6 +76,8 @@ class Shards:
             except (CheckpointError, OSError) as error:
                 if (path / name).is_file():
                     self.damaged[name] = getattr(error, "problem", str(error))
+                else:
+                    self.absent.append(name)
                 continue
             for key, info in sorted(self.headers[name].items(), key=lambda item: item[1].begin):
                 if key in self.tensors:
@@ -148,15 +151,28 @@ class Subject:
             raise Skip("no tensor can be read")
         return self.shards.tensors
 
+    def require_all(self) -> None:
+        """Raise ``Skip`` where a shard is missing: what is not there would be found everywhere."""
+        lost = [*self.shards.damaged, *self.shards.absent]
+        if lost:
+            raise Skip(f"{lost[0]} is missing or damaged")
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """Shards by tensor, as the index says; empty without an index."""
+        index = read_json(self.path / INDEX)
+        listed = index.get("weight_map") if isinstance(index, dict) else None
+        pairs = listed.items() if isinstance(listed, dict) else ()
+        return {str(tensor): str(file) for tensor, file in pairs}
+
     def at(self, rule: str, severity: str, tensor: str, problem: str, remedy: str) -> Finding:
         """A finding about a tensor, in the file in which it is, or should be by the index."""
         info = self.shards.tensors.get(tensor)
         file = self.shards.names[0] if self.shards.names else ""
         if info is not None:
             file = info.file.name
-        elif isinstance(index := read_json(self.path / INDEX), dict):
-            weights = index.get("weight_map")
-            file = str(weights.get(tensor, INDEX)) if isinstance(weights, dict) else INDEX
+        elif self.weight_map:
+            file = self.weight_map.get(tensor, INDEX)
         return Finding(rule, severity, file, tensor, problem, remedy)
 
     # --- configuration
@@ -188,8 +204,9 @@ class Subject:
         return next((n for key in LAYER_COUNT_KEYS if (n := number(self.text, key))), None)
 
     def _first(self, keys: tuple[str, ...]) -> tuple[str, int] | None:
-        for part in (self.text, self.text.get("ffn_config"), self.config):
-            for key in keys if isinstance(part, dict) else ():
+        parts = (self.text, self.text.get("ffn_config"), self.config)
+        for part in [part for part in parts if isinstance(part, dict)]:
+            for key in keys:
                 if (value := number(part, key)) is not None:
                     return key, value
         return None

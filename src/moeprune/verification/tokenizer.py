@@ -32,7 +32,9 @@ def tokenizer(subject: Subject) -> Found:
     file = _file(subject)
     if file is None:
         problem = "there is no tokenizer"
-        remedy = "copy tokenizer.json and tokenizer_config.json of the original, to use it with text"
+        remedy = (
+            "copy tokenizer.json and tokenizer_config.json of the original, to use it with text"
+        )
         yield Finding("tokenizer", NOTE, _FILES[0], None, problem, remedy)
         return
     settings = read_json(subject.path / _SETTINGS)
@@ -86,7 +88,7 @@ def chat_template(subject: Subject) -> Found:
     templates = list(_templates(subject))
     if not templates:
         raise Skip("there is no chat template")
-    environment = Environment(autoescape=False, extensions=[loopcontrols, _Generation])  # noqa: S701
+    environment = Environment(autoescape=False, extensions=[loopcontrols, _Generation])
     for file, text in templates:
         try:
             environment.parse(text if isinstance(text, str) else "{% not a text %}")
