@@ -72,8 +72,11 @@ def _print(result: Verification) -> None:
             f"logits of {logits['tokens']} tokens ({logits['text']}, {logits['dtype']}): {how}, "
             f"tolerance {logits['tolerance']:.3g}"
         )
+    reasons: dict[str, list[str]] = {}
     for rule, reason in result.skipped.items():
-        _line(f"not checked: [{rule}] {reason}")
+        reasons.setdefault(reason, []).append(rule)
+    for reason, rules in reasons.items():
+        _line(f"not checked: {', '.join(rules)}: {reason}")
     counts = ", ".join(f"{len(result.of(kind))} {kind}s" for kind in ("error", "warning", "note"))
     _line(f"{result.path}: {len(result.rules) - len(result.skipped)} rules checked: {counts}")
 
