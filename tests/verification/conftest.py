@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from bases import (
     Base,
     applied,
@@ -21,6 +20,7 @@ from bases import (
     save_with_head,
     save_without_head,
 )
+
 from families import save_tiny
 from moeprune.models.checkpoint import demo_path
 
@@ -37,7 +37,7 @@ EDITS = {
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """A clean checkpoint by name: ``demo``, a family, or ``<family>/<edit>``; do not write into it."""
+    """A clean checkpoint: ``demo``, a family, or ``<family>/<edit>``; do not write into it."""
     saved: dict[str, Path] = {"demo": demo_path()}
 
     def get(name: str) -> Path:

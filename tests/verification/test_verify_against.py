@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import Base, Tensors, edit_config, edit_tensors, shapes_of
 
 import moeprune
-from bases import Base, Tensors, edit_config, edit_tensors, shapes_of
 from families import moe_model_types
 from moeprune.errors import MoepruneError
 from moeprune.models.checkpoint import Checkpoint

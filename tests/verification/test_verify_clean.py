@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bases import Base
 
 import moeprune
-from bases import Base
 from moeprune.errors import MoepruneError
 from moeprune.verification.run import RULES, rules_table
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import Base, Tensors, edit_config, edit_json, edit_tensors, in_order
 from safetensors.torch import load_file, save_file
 
 import moeprune
-from bases import Base, Tensors, edit_config, edit_json, edit_tensors, in_order
 from moeprune.files import sha256_bytes
 from moeprune.models.checkpoint import INDEX
 
