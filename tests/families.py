@@ -131,7 +131,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2_moe": {"use_sliding_window": True, "mlp_only_layers": [1]},
     "qwen4_exp_text": {"ple_layer_ids": [2]},
-    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"] * 2},
+    "zaya": {
+        "num_experts_per_tok": 1,
+        "layer_types": ["hybrid", "hybrid_sliding"] * 2,
+        "router_hidden_size": 20,
+    },
 }
 """What ``SIZES`` cannot know: fields (or legacy spellings) that one family needs."""
 

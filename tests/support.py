@@ -143,29 +143,85 @@ class _DropRows(TorchFunctionMode):
         return output
 
 
+def expert_count(experts: Any) -> int:
+    """E of an experts module of any family."""
+    if hasattr(experts, "down_proj"):
+        return int(experts.down_proj.shape[0])
+    return int(experts.num_experts)  # dbrx: one matrix for all
+
+
+def matrices(experts: Any, expert: int) -> dict[str, Tensor]:
+    """The matrices of one loaded expert as [outputs, inputs], by transformers' own flags."""
+    if hasattr(experts, "mlp"):  # dbrx
+        size = experts.ffn_hidden_size
+        flat = {"gate": experts.mlp.w1, "up": experts.mlp.v1, "down": experts.mlp.w2}
+        found = {role: w[expert * size : (expert + 1) * size] for role, w in flat.items()}
+        return {**found, "down": found["down"].T}
+    flags = {"has_gate": True, "is_concatenated": True}
+    flags["is_transposed"] = type(experts).__name__ == "Llama4TextExperts"
+    flags = {name: getattr(experts, name, value) for name, value in flags.items()}
+    down = experts.down_proj[expert]
+    if not flags["has_gate"]:
+        return {"up": experts.up_proj[expert], "down": down}
+    gate_up = experts.gate_up_proj[expert]
+    if flags["is_transposed"]:
+        gate_up, down = gate_up.T, down.T
+    half = len(gate_up) // 2
+    gate, up = (
+        (gate_up[:half], gate_up[half:])
+        if flags["is_concatenated"]
+        else (gate_up[0::2], gate_up[1::2])
+    )
+    return {"gate": gate, "up": up, "down": down}
+
+
+def redirected(table: Sequence[Sequence[int]], keep: Sequence[int]) -> list[list[int]]:
+    """Rows of expert ids in which no deleted one is left; kept ones have their old ids here."""
+    rows = [list(row) for row in table]
+    used = {expert: sum(row.count(expert) for row in rows) for expert in keep}
+    for row in rows:
+        for slot, expert in enumerate(row):
+            if expert not in keep:
+                row[slot] = min((e for e in keep if e not in row), key=lambda e: (used[e], e))
+                used[row[slot]] += 1
+    return rows
+
+
+def per_expert_tensors(model: nn.Module, experts_name: str) -> list[tuple[str, Tensor]]:
+    """Biases and matrices of a router, and of the block around it, that have a row per expert."""
+    block = model.get_submodule(experts_name.rpartition(".")[0])
+    router = router_of(model, experts_name)
+    total = expert_count(model.get_submodule(experts_name))
+    tensors = [*router.named_parameters(), *router.named_buffers()]
+    if type(router).__name__ == "ZayaRouter":  # a network: only what comes last knows experts
+        return [(n, t) for n, t in tensors if n.endswith(("out_proj.weight", "balancing_biases"))]
+    tensors += [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
+    return [(n, t) for n, t in tensors if "bias" in n or (t.ndim == 2 and len(t) >= total)]
+
+
 @contextmanager
 def experts_masked(model: PreTrainedModel, keep: Mapping[int, Sequence[int]]) -> Iterator[None]:
     """The unpruned ``model`` whose routers never choose an expert that is not in ``keep``.
 
     Every matrix of the router with one row per expert makes logits, of which those of dropped
     experts become almost minus infinity; dropped experts' entries of every other bias of the router
-    or the block around it become minus infinity.
+    or the block around it become minus infinity. A table that chooses by token id is redirected.
     """
     rows: dict[int, list[int]] = {}
     saved: list[tuple[Tensor, Tensor]] = []
     for name, experts in experts_modules(model).items():
         if layer_of(name) not in keep:
             continue
-        total = int(experts.num_experts)
-        dropped = [e for e in range(total) if e not in keep[layer_of(name)]]
-        block, router = model.get_submodule(name.rpartition(".")[0]), router_of(model, name)
-        tensors = [*router.named_parameters(), *router.named_buffers()]
-        tensors += [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
-        for key, tensor in tensors:
+        dropped = [e for e in range(expert_count(experts)) if e not in keep[layer_of(name)]]
+        for key, tensor in per_expert_tensors(model, name):
             if "bias" in key:
                 saved.append((tensor, tensor.data.clone()))
                 tensor.data[..., dropped] = -torch.inf
-            elif tensor.ndim == 2 and tensor.shape[0] >= total:
+            elif "tid2eid" in key:
+                saved.append((tensor, tensor.data.clone()))
+                table = redirected(tensor.tolist(), keep[layer_of(name)])
+                tensor.data.copy_(torch.tensor(table))
+            else:
                 rows[tensor.data_ptr()] = [e for e in range(len(tensor)) if e not in dropped]
     mode = _DropRows(rows)
     try:

@@ -589,11 +589,20 @@ def test_plan_edited_wrongly(refused: Refused, own_plan: Path, name: str) -> Non
     refused("apply", "demo", "--plan", own_plan, "--out", "out", says=says)
 
 
-def test_plan_that_keeps_unequal_numbers(refused: Refused, own_plan: Path) -> None:
+def test_padding_where_it_is_not_exact(refused: Refused, own_plan: Path) -> None:
     edit(own_plan, lambda data: [layer.update(replaced=[]) for layer in data["layers"].values()])
     edit(own_plan, lambda data: data["layers"]["0"].update(keep=list(range(20))))
     says = ("between 16 and 20 experts per layer", "--keep 16")
-    refused("apply", "demo", "--plan", own_plan, "--out", "out", says=says)
+    refused("apply", "demo", "--plan", own_plan, "--pad", "--out", "out", says=says)
+
+
+def test_multiples_that_do_not_fit(refused: Refused) -> None:
+    command = ("plan", "demo", "--method", "moeits", "--out", "p.json")
+    refused(*command, "--keep", 13, "--multiple-of", 4, says="use --keep 16")
+    refused(*command, "--ratio", 0.5, "--multiple-of", 40, says="none of its numbers")
+    refused(*command, "--ratio", 0.5, "--multiple-of", 0, says="--multiple-of")
+    pruner = ("plan", "demo", "--method", "moe-pruner", "--out", "p.json", "--ratio", 0.5)
+    refused(*pruner, "--multiple-of", 4, says="moe-pruner removes no experts")
 
 
 def test_plan_edited_well_is_carried_out(run: Run, own_plan: Path, tmp_path: Path) -> None:

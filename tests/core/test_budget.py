@@ -32,10 +32,11 @@ def shape(experts: int, top_k: int = 2, groups: int = 1, top_groups: int = 1) ->
         (Budget(keep=0), {"keep": 0}, "keep 0"),
         (Budget(tau=-1.25), {"tau": -1.25}, "tau -1.25"),
         (Budget(pattern=(2, 4)), {"pattern": "2:4"}, "pattern 2:4"),
+        (Budget(ratio=0.5, multiple_of=8), {"ratio": 0.5, "multiple_of": 8}, "50%"),
     ],
 )
 def test_kinds(budget: Budget, json: dict[str, object], text: str) -> None:
-    assert [budget.kind] == list(json)
+    assert budget.kind == next(iter(json))
     assert budget.to_json() == json
     assert str(budget) == text
 
@@ -53,6 +54,7 @@ def test_kinds(budget: Budget, json: dict[str, object], text: str) -> None:
         ({"tau": math.nan}, "finite"),
         ({"pattern": (4, 4)}, "bad pattern 4:4"),
         ({"pattern": (0, 4)}, "bad pattern 0:4"),
+        ({"ratio": 0.5, "multiple_of": 0}, "--multiple-of must be at least 1"),
     ],
 )
 def test_impossible_budgets(fields: dict[str, object], message: str) -> None:
@@ -120,6 +122,10 @@ def test_removable() -> None:
         (Budget(keep=5), shape(8, 2, 2), 0, "not a multiple of the 2", "--keep 6"),
         (Budget(keep=3), shape(8), 5, "5 must stay .the floor is 5", "--keep 5"),
         (Budget(keep=9), shape(8), 0, "layer 3 has 8 experts", "at most 8"),
+        (Budget(keep=5, multiple_of=4), shape(8), 0, "of --multiple-of 4", "--keep 8"),
+        (Budget(keep=6, multiple_of=4), shape(8, 2, 2), 0, "2 routing groups and --m", "--keep 8"),
+        (Budget(ratio=0.9, multiple_of=4), shape(16, 6), 0, "leaves 4 of 16", "--keep 8"),
+        (Budget(ratio=0.5, multiple_of=16), shape(8), 0, "none of its numbers", "of 8 or less"),
     ],
 )
 def test_refusals_say_what_would_work(
@@ -152,6 +158,33 @@ def test_what_is_removable_leaves_a_router_that_works(
     assert kept >= least_kept(layer, floor) >= layer.top_k
     assert kept % groups == 0
     assert 0 <= experts_to_remove(Budget(ratio=ratio), layer) - remove < groups
+
+
+def test_multiples_by_hand() -> None:
+    def kept(ratio: float, step: int, layer: LayerShape) -> int:
+        return layer.experts - removable(Budget(ratio=ratio, multiple_of=step), layer)
+
+    assert kept(0.5, 8, shape(60)) == 32  # 30, rounded up
+    assert kept(0.05, 8, shape(60)) == 56  # 57, and there is no 64
+    assert kept(0.0, 8, shape(60)) == 56
+    assert kept(0.0, 8, shape(64)) == 64
+    assert kept(0.5, 4, shape(24, 2, groups=3)) == 12
+    assert kept(0.6, 4, shape(24, 2, groups=3)) == 12  # a multiple of both 3 and 4
+    assert removable(Budget(keep=16, multiple_of=8), shape(60)) == 44
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 96), st.integers(1, 12), st.floats(0, 1, exclude_max=True))
+def test_a_multiple_is_the_next_one_that_exists(experts: int, step: int, ratio: float) -> None:
+    layer = shape(experts, 1)
+    if step > experts:
+        with pytest.raises(BudgetError, match="none of its numbers"):
+            experts_to_remove(Budget(ratio=ratio, multiple_of=step), layer)
+        return
+    kept = experts - experts_to_remove(Budget(ratio=ratio, multiple_of=step), layer)
+    asked = experts - experts_to_remove(Budget(ratio=ratio), layer)
+    multiples = list(range(0, experts + 1, step))
+    assert kept == next((n for n in multiples if n >= asked), multiples[-1])
 
 
 @settings(max_examples=150, deadline=None)

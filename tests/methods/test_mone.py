@@ -378,3 +378,17 @@ def test_the_batches_make_no_difference(
             mine, theirs = plans[0].layers[layer], plan.layers[layer]
             assert (mine.keep, mine.replaced) == (theirs.keep, theirs.replaced)
             assert len(mine.replaced) == 4
+
+
+def test_global_scope_with_multiples_keeps_a_multiple_in_every_layer() -> None:
+    views = layered_views()
+    free = MoNE(scope="global").plan_model(views, Context(Budget(ratio=0.5)))
+    plans = MoNE(scope="global").plan_model(views, Context(Budget(ratio=0.5, multiple_of=2)))
+    for layer, plan in plans.items():
+        asked = len(free[layer].keep)
+        assert len(plan.keep) == asked + asked % 2
+        assert set(plan.replaced) <= set(free[layer].replaced)
+
+
+def test_made_uniform_the_layers_no_longer_compete() -> None:
+    assert MoNE(routing="count", scope="global").per_layer() == MoNE(routing="count")

@@ -21,9 +21,9 @@ from moeprune.core.shapes import LayerShape
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.models import quirks, runtime
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.generated import MODELING_FILE, NOVICE_FILE
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.runtime import MODELING_FILE, RUNTIME_FILE
 from moeprune.models.surgery import Sizes, apply_plan
 from moeprune.models.walk import Batch, Walk
 from support import (
@@ -40,7 +40,9 @@ from support import (
 )
 
 EDITABLE = [
-    name for name in moe_model_types() if name not in quirks.REFUSED and name != "deepseek_v4"
+    name
+    for name in moe_model_types()
+    if name not in quirks.REFUSED and name not in quirks.NOVICES_REFUSED
 ]
 editable = pytest.mark.parametrize("model_type", EDITABLE)
 
@@ -204,7 +206,7 @@ def test_saves_what_it_loaded(model_type: str, cases: Cases, tmp_path: Path) -> 
     }
     for file in (
         MODELING_FILE,
-        RUNTIME_FILE,
+        NOVICE_FILE,
     ):  # transformers copies the code of remote classes only
         (tmp_path / "again" / file).write_bytes((case.path / file).read_bytes())
     opened = runtime.load(tmp_path / "again")
@@ -343,6 +345,16 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps({**config, "model_type": "mixtral9"}))
     with pytest.raises(UnsupportedModelError, match="mixtral9"):
         runtime.load(directory)
+
+
+@pytest.mark.parametrize("model_type", quirks.NOVICES_REFUSED)
+def test_experts_that_cannot_be_replaced(
+    model_type: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        make(tiny(model_type), tmp_path / "out", with_novices)
+    assert quirks.NOVICES_REFUSED[model_type] in caught.value.problem
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_novice_checkpoint_is_not_edited_again(cases: Cases, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from moeprune.core.statistics import LayerStatistics
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.walk import Batch, Walk
-from support import layer_of, router_of
+from support import expert_count, layer_of, matrices, router_of
 
 Tiny = Callable[[str], Path]
 
@@ -27,16 +27,14 @@ NOT_BIT_EQUAL: dict[str, str] = {}
 """Families whose streamed logits may differ from transformers' own in the last bits, and why."""
 
 NOT_OBSERVED = {
-    "dbrx": "its experts have no common interface",
     "doge": "its experts are rows of embedding tables",
     "jetmoe": "its experts have no common interface",
-    "llama4_text": "its experts have no common interface",
-    "longcat_flash": "its experts have no common interface",
 }
 """Families without sites: their layers can be walked, but there are no statistics."""
 
 OBSERVED = [name for name in moe_model_types() if name not in NOT_OBSERVED]
-SPLIT = ["mixtral", "olmoe", "deepseek_v3", "gpt_oss", "nemotron_h"]
+SPECIAL = ["dbrx", "deepseek_v4", "llama4_text", "longcat_flash", "zaya"]
+SPLIT = ["mixtral", "olmoe", "deepseek_v3", "gpt_oss", "nemotron_h", *SPECIAL]
 EVERYTHING = tuple(ACCUMULATORS)
 
 Collected = dict[int, LayerStatistics]
@@ -147,26 +145,20 @@ def plain_logits_and_routing(
 ) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Logits, and how many tokens that are no padding were handed to each expert, by layer."""
     model, counts = stock(directory), {}
-    real: Tensor | None = None
-
-    def count(layer: int, total: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            index_TK = [*args, *kwargs.values()][1]
-            if real is not None:
-                index_TK = index_TK[real]
-            found = torch.bincount(index_TK.reshape(-1), minlength=total)[:total]
-            counts[layer] = counts.get(layer, 0) + found
-
-        return hook
-
+    with recorded(model) as seen:
+        logits = plain_logits(model, batches)
     for name, experts in experts_modules(model).items():
-        hook = count(layer_of(name), int(experts.num_experts))
-        experts.register_forward_pre_hook(hook, with_kwargs=True)
-    logits = []
-    for b in batches:
-        real = None if b.mask_BL is None else b.mask_BL.reshape(-1).bool()
-        logits += plain_logits(model, [b])
+        index_TK = torch.cat(real_rows(seen[layer_of(name)]["index"], batches))
+        E = expert_count(experts)
+        counts[layer_of(name)] = torch.bincount(index_TK.reshape(-1), minlength=E)[:E]
     return logits, counts
+
+
+def real_rows(per_batch: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
+    """The rows of tokens that are no padding."""
+    masks = [torch.ones_like(b.ids_BL) if b.mask_BL is None else b.mask_BL for b in batches]
+    pairs = zip(per_batch, masks, strict=True)
+    return [rows[mask.reshape(-1).bool()] for rows, mask in pairs]
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -196,7 +188,8 @@ def rows_of(texts: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> Batch
     return Batch(ids, keys, None if mask.all() else mask)
 
 
-@pytest.mark.parametrize("model_type", SPLIT)
+# deepseek_v4 itself computes something else for padded tokens: it pools neighbours, padding as well
+@pytest.mark.parametrize("model_type", [name for name in SPLIT if name != "deepseek_v4"])
 def test_batches_make_no_difference(model_type: str, tiny: Tiny) -> None:
     """Counts are the same for every split of the text, sums the same up to rounding."""
     texts, lengths = token_ids(6, 24, seed=5), (24, 24, 17, 24, 3, 11)
@@ -228,19 +221,48 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def recorded(model: PreTrainedModel) -> Iterator[dict[int, dict[str, list[Tensor]]]]:
-    """What every experts module was called with and what its router returned first, per batch."""
+    """What the experts of every layer were called with and the router's logits, per batch.
+
+    Where a family's experts are not told who was chosen, that is worked out from what the router
+    saw and returned; a slot without an expert has an id from E on.
+    """
     seen: dict[int, dict[str, list[Tensor]]] = {}
     handles = []
     for name, experts in experts_modules(model).items():
         into = seen.setdefault(layer_of(name), {"x": [], "index": [], "gate": [], "logits": []})
+        family, last = type(experts).__name__, {}
 
-        def call(module: nn.Module, args: Any, kwargs: Any, into: Any = into) -> None:
-            for key, value in zip(("x", "index", "gate"), [*args, *kwargs.values()], strict=True):
+        def call(
+            module: Any,
+            args: Any,
+            kwargs: Any,
+            into: Any = into,
+            family: Any = family,
+            last: Any = last,
+        ) -> None:
+            values = [*args, *kwargs.values()]
+            if family == "Llama4TextExperts":  # sees scaled inputs only
+                logits_TE = last["output"][1]
+                chosen = logits_TE.sort(dim=1, descending=True)
+                K = model.config.num_experts_per_tok
+                values = [last["input"], chosen.indices[:, :K], chosen.values[:, :K].sigmoid()]
+            elif family == "ZayaExperts":  # skipping tokens come as expert 0's
+                biases = last["router"].balancing_biases
+                chosen_T = (last["output"][0].softmax(dim=1) + biases).argmax(dim=1)
+                assert torch.equal(values[1][:, 0], chosen_T % module.num_experts)
+                values[1] = chosen_T[:, None]
+            elif family == "DbrxExperts":
+                values[0] = values[0].flatten(0, 1)
+            for key, value in zip(("x", "index", "gate"), values, strict=True):
                 into[key].append(value.clone())
 
-        def route(module: nn.Module, args: Any, output: Any, into: Any = into) -> None:
-            first = output if isinstance(output, Tensor) else output[0]
-            into["logits"].append(first.reshape(-1, first.shape[-1]).clone())
+        def route(
+            module: nn.Module, args: Any, output: Any, into: Any = into, last: Any = last
+        ) -> None:
+            last.update(router=module, input=args[0], output=output)
+            at = 1 if type(module).__name__ == "Llama4Router" else 0
+            logits = output if isinstance(output, Tensor) else output[at]
+            into["logits"].append(logits.reshape(-1, logits.shape[-1]).clone())
 
         handles.append(experts.register_forward_pre_hook(call, with_kwargs=True))
         handles.append(router_of(model, name).register_forward_hook(route))
@@ -251,6 +273,12 @@ def recorded(model: PreTrainedModel) -> Iterator[dict[int, dict[str, list[Tensor
 
 def expert_by_definition(experts: Any, e: int, x_nH: Tensor) -> tuple[Tensor, Tensor]:
     """h = act(G x) * (U x) and f = D h of one expert, row by row in float64."""
+    if not hasattr(experts, "is_transposed"):
+        act = experts.mlp.activation_fn if hasattr(experts, "mlp") else experts.act_fn
+        by_role = {role: matrix.detach().double() for role, matrix in matrices(experts, e).items()}
+        pairs = [(by_role["gate"] @ x_H, by_role["up"] @ x_H) for x_H in x_nH.double()]
+        h_nI = torch.stack([act(gate_I) * up_I for gate_I, up_I in pairs])
+        return h_nI, torch.stack([by_role["down"] @ h_I for h_I in h_nI])
     weights = {name: p.data[e].double() for name, p in experts.named_parameters(recurse=False)}
     if experts.is_transposed:
         weights = {name: w.T if w.ndim == 2 else w for name, w in weights.items()}
@@ -271,41 +299,40 @@ def sums_by_definition(
     experts: Any, seen: dict[str, list[Tensor]], batches: Sequence[Batch]
 ) -> dict[str, Tensor]:
     """All accumulators of one layer, token by token, in float64."""
-    real = [
-        torch.ones(b.ids_BL.numel(), dtype=torch.bool)
-        if b.mask_BL is None
-        else b.mask_BL.reshape(-1).bool()
-        for b in batches
-    ]
     x_TH, index_TK, gate_TK, z_TR = (
-        torch.cat([value[r] for value, r in zip(seen[key], real, strict=True)])
-        for key in ("x", "index", "gate", "logits")
+        torch.cat(real_rows(seen[key], batches)) for key in ("x", "index", "gate", "logits")
     )
-    key_T = torch.cat([b.key_BL.reshape(-1)[r] for b, r in zip(batches, real, strict=True)])
+    key_T = torch.cat(real_rows([b.key_BL.reshape(-1) for b in batches], batches))
     gate_TK = gate_TK.double()
-    E = int(experts.num_experts)
+    E = expert_count(experts)
+    scales_inputs = type(experts).__name__ == "Llama4TextExperts"
     per_expert: dict[str, list[Tensor]] = {}
     together_EE = torch.zeros(E, E, dtype=torch.int64)
     top1_E = torch.zeros(E, dtype=torch.int64)
     for index_K, gate_K in zip(index_TK.tolist(), gate_TK, strict=True):
-        top1_E[index_K[int(gate_K.argmax())]] += 1
+        if index_K[int(gate_K.argmax())] < E:
+            top1_E[index_K[int(gate_K.argmax())]] += 1
         for i in index_K:
             for j in index_K:
-                together_EE[i, j] += 1
+                if max(i, j) < E:
+                    together_EE[i, j] += 1
     for e in range(E):
         tokens, slots = torch.where(index_TK == e)
-        x_nH, g_n = x_TH[tokens].double(), gate_TK[tokens, slots]
+        x_nH, score_n = x_TH[tokens].double(), gate_TK[tokens, slots]
+        g_n = score_n
+        if scales_inputs:
+            x_nH, g_n = x_nH * score_n[:, None], torch.ones_like(score_n)
         if len(tokens):
-            h_nI, f_nH = expert_by_definition(experts, e, x_TH[tokens])
+            h_nI, f_nH = expert_by_definition(experts, e, x_nH)
         else:
-            width = experts.down_proj.shape[1 if experts.is_transposed else 2]
+            width = matrices(experts, e)["down"].shape[1]
             h_nI, f_nH = x_nH.new_zeros(0, width), x_nH.new_zeros(0, x_nH.shape[1])
         g_n1, norm_n = g_n[:, None], f_nH.norm(dim=1)
         mean_H = f_nH.mean(dim=0) if len(tokens) else f_nH.sum(dim=0)
         values = {
             "routing.count_E": torch.tensor(len(tokens)),
-            "routing.gate_E": g_n.sum(),
-            "routing.gate_sq_E": (g_n**2).sum(),
+            "routing.gate_E": score_n.sum(),
+            "routing.gate_sq_E": (score_n**2).sum(),
             "inputs.sq_EH": (x_nH**2).sum(dim=0),
             "inputs.gated_sq_EH": ((g_n1 * x_nH) ** 2).sum(dim=0),
             "hidden.sq_EI": (h_nI**2).sum(dim=0),
@@ -347,7 +374,8 @@ def test_statistics_are_the_sums_by_definition(model_type: str, tiny: Tiny) -> N
     ]
     found = walk(opened(tiny(model_type)), batches, 2, EVERYTHING)[1]
     model = stock(tiny(model_type))
-    model.set_experts_implementation("eager")
+    if model_type not in ("dbrx", "llama4_text", "longcat_flash"):
+        model.set_experts_implementation("eager")
     with recorded(model) as seen:
         plain_logits(model, batches)
     modules = {layer_of(name): module for name, module in experts_modules(model).items()}

@@ -21,13 +21,16 @@ from moeprune.cli.options import (
     Length,
     Method,
     Model,
+    MultipleOf,
     Options,
+    Pad,
     Pattern,
     Ratio,
     Seed,
     Sequences,
     Statistics,
     Tau,
+    Uniform,
     Workers,
     parse_budget,
     parse_compute,
@@ -138,6 +141,8 @@ def plan(
     keep: Keep = None,
     tau: Tau = None,
     pattern: Pattern = None,
+    multiple_of: MultipleOf = 1,
+    uniform: Uniform = False,
     option: Options = None,
     statistics: Statistics = None,
     data: Data = None,
@@ -162,13 +167,14 @@ def plan(
         made = stages.plan(
             model,
             method,
-            parse_budget(ratio, keep, tau, pattern),
+            parse_budget(ratio, keep, tau, pattern, multiple_of),
             statistics,
             parse_text(data, sequences, length, seed),
             parse_options(option),
             parse_compute(dtype, device, workers),
             seed,
             progress,
+            uniform,
         )
     stages.save_plan(made, out, force)
     if statistics is None and made.statistics:
@@ -195,6 +201,7 @@ def apply(
     model: Model,
     plan: Annotated[Path, typer.Option(help="Output of **moeprune plan**.")],
     out: Annotated[Path, typer.Option(help="Directory for the new checkpoint.")],
+    pad: Pad = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -205,7 +212,7 @@ def apply(
     from moeprune.pipeline import stages
 
     with output.progress_bars() as progress:
-        sizes = stages.apply(model, plan, out, force, progress)
+        sizes = stages.apply(model, plan, out, force, progress, stages.Writing(pad))
     output.print_sizes(out, sizes, {}, as_json)
 
 
@@ -218,6 +225,9 @@ def prune(
     keep: Keep = None,
     tau: Tau = None,
     pattern: Pattern = None,
+    multiple_of: MultipleOf = 1,
+    uniform: Uniform = False,
+    pad: Pad = False,
     option: Options = None,
     statistics: Statistics = None,
     data: Data = None,
@@ -240,7 +250,7 @@ def prune(
         done = stages.prune(
             model,
             method,
-            parse_budget(ratio, keep, tau, pattern),
+            parse_budget(ratio, keep, tau, pattern, multiple_of),
             out,
             parse_text(data, sequences, length, seed),
             parse_options(option),
@@ -249,6 +259,8 @@ def prune(
             seed,
             force,
             progress,
+            uniform,
+            stages.Writing(pad),
         )
     if statistics is None and done.plan.statistics:
         output.tell_default_text(model, data)

@@ -29,6 +29,19 @@ Ratio = Annotated[Optional[float], typer.Option(help="Fraction to remove, 0 <= R
 Keep = Annotated[Optional[int], typer.Option(help="Experts to keep per layer.")]  # noqa: UP045
 Tau = Annotated[Optional[float], typer.Option(help="Threshold of MoEITS.")]  # noqa: UP045
 Pattern = Annotated[Optional[str], typer.Option(help="N:M, N of every M weights zeroed.")]  # noqa: UP045
+MultipleOf = Annotated[
+    int,
+    typer.Option(help="Experts kept are a multiple of this (tensor or expert parallel).", min=1),
+]
+Uniform = Annotated[bool, typer.Option("--uniform", help="The same number in every layer.")]
+Pad = Annotated[
+    bool,
+    typer.Option(
+        "--pad",
+        help="Layers of different sizes: fill up with experts that are never chosen, so that stock "
+        "classes open the result. Saves no memory.",
+    ),
+]
 Statistics = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Output of **moeprune calibrate**."),
@@ -42,12 +55,18 @@ Workers = Annotated[int, typer.Option(min=0, help="Batches computed at once; 0: 
 
 
 def parse_budget(
-    ratio: float | None, keep: int | None, tau: float | None, pattern: str | None
+    ratio: float | None,
+    keep: int | None,
+    tau: float | None,
+    pattern: str | None,
+    multiple_of: int,
 ) -> Budget:
     """The one budget that was given."""
     from moeprune.core.budget import Budget, parse_pattern
 
-    return Budget(ratio, keep, tau, None if pattern is None else parse_pattern(pattern))
+    return Budget(
+        ratio, keep, tau, None if pattern is None else parse_pattern(pattern), multiple_of
+    )
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, str]:

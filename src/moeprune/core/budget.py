@@ -15,19 +15,22 @@ _SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996 in binary; it means 29
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to remove; exactly one field is set.
+    """How much to remove; exactly one of the first four fields is set.
 
     Attributes:
         ratio: fraction removed, of experts or of weights as the method defines; 0 <= ratio < 1.
         keep: experts kept per layer.
         tau: a method's own threshold (MoEITS).
         pattern: (n, m): n of every m consecutive weights are zeroed; 2:4 is (2, 4).
+        multiple_of: the experts kept in a layer are a multiple of this, as tensor and expert
+            parallel servers need; beside whichever of the others is set.
     """
 
     ratio: float | None = None
     keep: int | None = None
     tau: float | None = None
     pattern: tuple[int, int] | None = None
+    multiple_of: int = 1
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "keep", "tau", "pattern") if self._has(name)]
@@ -48,6 +51,8 @@ class Budget:
             raise BudgetError(f"--tau must be a finite number (got {self.tau})")
         if self.pattern is not None and not 0 < self.pattern[0] < self.pattern[1]:
             raise BudgetError(f"bad pattern {self.pattern[0]}:{self.pattern[1]}", "for example 2:4")
+        if self.multiple_of < 1:
+            raise BudgetError(f"--multiple-of must be at least 1 (got {self.multiple_of})")
 
     def _has(self, name: str) -> bool:
         return getattr(self, name) is not None
@@ -59,13 +64,15 @@ class Budget:
 
     def to_json(self) -> dict[str, float | int | str]:
         """As it stands in a plan."""
+        value: float | int | str = getattr(self, self.kind)
         if self.pattern is not None:
-            return {"pattern": f"{self.pattern[0]}:{self.pattern[1]}"}
-        value: float | int = getattr(self, self.kind)
-        return {self.kind: value}
+            value = f"{self.pattern[0]}:{self.pattern[1]}"
+        return {self.kind: value} | (
+            {"multiple_of": self.multiple_of} if self.multiple_of > 1 else {}
+        )
 
     def __str__(self) -> str:
-        [(kind, value)] = self.to_json().items()
+        kind, value = next(iter(self.to_json().items()))
         return f"{value:.0%}" if kind == "ratio" and isinstance(value, float) else f"{kind} {value}"
 
 
@@ -80,59 +87,80 @@ def parse_pattern(text: str) -> tuple[int, int]:
 def experts_to_remove(budget: Budget, shape: LayerShape) -> int:
     """How many experts ``budget`` removes from a layer; ``ratio`` rounds down.
 
+    With routing groups, and with ``multiple_of``, a ratio keeps the next number that divides.
+
     Raises:
-        BudgetError: ``keep`` is larger than the number of experts.
+        BudgetError: ``keep`` is larger than the number of experts, or does not divide.
     """
-    if budget.keep is not None:
-        if budget.keep > shape.experts:
-            raise BudgetError(
-                f"--keep {budget.keep}: layer {shape.layer} has {shape.experts} experts",
-                f"keep at most {shape.experts}",
-            )
-        return shape.experts - budget.keep
-    assert budget.ratio is not None, "callers accept ratio and keep only"
-    return math.floor(shape.experts * budget.ratio + _SLACK)
+    step = math.lcm(shape.groups, budget.multiple_of)
+    if budget.keep is None:
+        assert budget.ratio is not None, "callers accept ratio and keep only"
+        kept = shape.experts - math.floor(shape.experts * budget.ratio + _SLACK)
+        return shape.experts - next_multiple(kept, step, shape)
+    if budget.keep > shape.experts:
+        raise BudgetError(
+            f"--keep {budget.keep}: layer {shape.layer} has {shape.experts} experts",
+            f"keep at most {shape.experts}",
+        )
+    if budget.keep % step and budget.keep != shape.experts:
+        groups = f"the {shape.groups} routing groups" if shape.groups > 1 else ""
+        divisor = f"--multiple-of {budget.multiple_of}" if budget.multiple_of > 1 else ""
+        raise BudgetError(
+            f"--keep {budget.keep} leaves {budget.keep} experts, not a multiple of "
+            f"{' and '.join(text for text in (groups, divisor) if text)}",
+            f"use --keep {next_multiple(budget.keep, step, shape)}",
+        )
+    return shape.experts - budget.keep
 
 
-def least_kept(shape: LayerShape, floor: int = 0) -> int:
+def next_multiple(kept: int, step: int, shape: LayerShape) -> int:
+    """The least multiple of ``step`` that is at least ``kept``, or else the greatest up to E.
+
+    Raises:
+        BudgetError: E is less than ``step``.
+    """
+    if step > shape.experts:
+        raise BudgetError(
+            f"layer {shape.layer} has {shape.experts} experts: none of its numbers is a multiple "
+            f"of {step}",
+            f"use --multiple-of {shape.experts} or less",
+        )
+    return min(math.ceil(kept / step), shape.experts // step) * step
+
+
+def least_kept(shape: LayerShape, floor: int = 0, multiple_of: int = 1) -> int:
     """The fewest experts that a layer can route over, at least ``floor`` (the user's own, up to E).
 
     K experts must exist; a group-limited router needs the same number in every group, two for the
     sum of the two best that ranks a group, and K among the groups that a token may choose from.
     """
     floor = min(floor, shape.experts)
-    if shape.groups == 1:
-        return max(shape.top_k, floor)
-    per_group = max(2, math.ceil(shape.top_k / shape.top_groups), math.ceil(floor / shape.groups))
-    return per_group * shape.groups
+    least = max(shape.top_k, floor)
+    if shape.groups > 1:
+        per_group = max(
+            2, math.ceil(shape.top_k / shape.top_groups), math.ceil(floor / shape.groups)
+        )
+        least = per_group * shape.groups
+    return next_multiple(least, math.lcm(shape.groups, multiple_of), shape)
 
 
 def removable(budget: Budget, shape: LayerShape, floor: int = 0) -> int:
     """How many experts to delete from a layer, such that the router still works.
 
-    With routing groups a ratio is rounded down to the same number per group.
-
     Raises:
         BudgetError: fewer than ``least_kept`` would remain, or groups would become unequal.
     """
     remove = experts_to_remove(budget, shape)
-    if budget.ratio is not None:
-        remove -= remove % shape.groups
-    kept, least = shape.experts - remove, least_kept(shape, floor)
-    asked = f"--keep {budget.keep}" if budget.keep is not None else f"ratio {budget.ratio:g}"
+    kept, least = shape.experts - remove, least_kept(shape, floor, budget.multiple_of)
     if kept < least:
+        asked = f"--keep {budget.keep}" if budget.keep is not None else f"ratio {budget.ratio:g}"
         reason = f"top-k is {shape.top_k}" if shape.groups == 1 else f"{shape.groups} groups"
-        if least > least_kept(shape):
+        if least > least_kept(shape, 0, budget.multiple_of):
             reason = f"the floor is {floor}"
         raise BudgetError(
             f"{asked} leaves {kept} of {shape.experts} experts in layer {shape.layer}, "
             f"but {least} must stay ({reason})",
             f"use --keep {least} or more (ratio {1 - least / shape.experts:.4g} or less)",
-        )
-    if kept % shape.groups:
-        raise BudgetError(
-            f"{asked} leaves {kept} experts, not a multiple of the {shape.groups} routing groups",
-            f"use --keep {kept + shape.groups - kept % shape.groups}",
         )
     return remove
 

@@ -63,12 +63,14 @@ class Context:
         seed: for whatever is random.
         warn: takes a sentence for the user; it ends up in the plan.
         progress: called with (done, total, what) inside long computations.
+        memo: what a method wants to find again when it plans the same model with another budget.
     """
 
     budget: Budget
     seed: int = 0
     warn: Callable[[str], None] = lambda text: None
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
+    memo: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,17 @@ class Method(ABC):
         """
         return {view.shape.layer: self.plan_layer(view, context) for view in views}
 
+    def per_layer(self) -> Method:
+        """This method when every layer is to lose the same number; overridden if layers compete."""
+        return self
+
     def accept(self, budget: Budget) -> None:
         """Raise ``BudgetError`` if this method does not understand ``budget``."""
         if budget.kind not in self.budgets:
             allowed = ", ".join(f"--{kind}" for kind in self.budgets)
             raise BudgetError(f"{self.name} has no --{budget.kind}", f"it takes {allowed}")
+        if budget.multiple_of > 1 and "keep" not in self.budgets:
+            raise BudgetError(f"{self.name} removes no experts: --multiple-of means nothing to it")
 
     def options(self) -> dict[str, Any]:
         """All options with their values, as they stand in a plan."""

@@ -53,7 +53,8 @@ class MaskEdit:
 class LayerPlan:
     """What happens to one MoE layer.
 
-    Experts that are neither kept nor replaced are deleted, together with their router rows.
+    Experts that are neither kept nor replaced are deleted, together with their router rows; where
+    a table over token ids chooses experts, its entries are redirected (``redirect_table``).
 
     Attributes:
         layer: index of the decoder layer.

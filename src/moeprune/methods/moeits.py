@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from moeprune.core.budget import least_kept, removable
+from moeprune.core.budget import least_kept, next_multiple, removable
 from moeprune.core.method import Context, LayerView, Method
 from moeprune.core.ops.binning import MAX_FIXED_BINS
 from moeprune.core.ops.elimination import (
@@ -68,8 +69,11 @@ class MoEITS(Method):
         remove = None
         if context.budget.tau is None:
             remove = removable(context.budget, shape, self.floor)
-        similarity_EE = self.similarity(view, context)
-        self._warn_of_noise(view, context, similarity_EE)
+        similarity_EE = context.memo.get((self.name, shape.layer))
+        if similarity_EE is None:
+            similarity_EE = self.similarity(view, context)
+            context.memo[self.name, shape.layer] = similarity_EE
+            self._warn_of_noise(view, context, similarity_EE)
         gone = self._removals(view, context, similarity_EE, remove)
         rank = {step.expert: float(i) for i, step in enumerate(gone)}
         central = similarity_EE.sum(axis=1) / max(1, shape.experts - 1)
@@ -121,7 +125,8 @@ class MoEITS(Method):
         tau = context.budget.tau
         assert tau is not None
         bar = threshold(similarity_EE, tau, offdiagonal=self.threshold == "off-diagonal")
-        least = least_kept(shape, self.floor)
+        step = math.lcm(shape.groups, context.budget.multiple_of)
+        least = least_kept(shape, self.floor, context.budget.multiple_of)
         order = closest_pair_order(similarity_EE, least, shape.groups)
         gone = removals_above(order, bar)
         if len(removals_above(closest_pair_order(similarity_EE), bar)) > len(order):
@@ -129,11 +134,11 @@ class MoEITS(Method):
                 f"layer {shape.layer}: tau {tau:g} would keep fewer than the {least} experts that "
                 "the router needs; kept that many"
             )
+        # as many as tau removes, rounded to what divides, the same number from every group
+        kept = next_multiple(shape.experts - len(gone), step, shape)
         if shape.groups > 1:
-            # as many as tau removes, rounded down to the same number from every group
-            even = shape.experts - len(gone) + len(gone) % shape.groups
-            return closest_pair_order(similarity_EE, even, shape.groups)
-        return gone
+            return closest_pair_order(similarity_EE, kept, shape.groups)
+        return order[: shape.experts - kept]
 
     def _warn_of_noise(
         self, view: LayerView, context: Context, similarity_EE: NDArray[np.float64]

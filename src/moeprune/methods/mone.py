@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from moeprune.core.accumulators import Outputs, Routing
-from moeprune.core.budget import experts_to_remove, lowest
+from moeprune.core.budget import experts_to_remove, lowest, next_multiple
 from moeprune.core.method import Context, LayerView, Method
 from moeprune.core.plan import LayerPlan
 from moeprune.core.shapes import LayerShape
@@ -47,7 +47,7 @@ class MoNE(Method):
         """Decide about one layer from its own scores."""
         # one novice vector per expert exists, so groups and top-k set no floor
         free = _ungrouped(view.shape)
-        remove = experts_to_remove(context.budget, view.shape)
+        remove = experts_to_remove(context.budget, free)
         scores, counts = self._scores(view)
         _warn_of_nan(view, scores, context)
         return self._plan(view, lowest(scores, counts, remove, free), scores)
@@ -57,26 +57,33 @@ class MoNE(Method):
         if self.scope == "layer":
             return super().plan_model(views, context)
         ranked, total = [], 0
+        asked = replace(context.budget, multiple_of=1)  # layers are rounded when all is ranked
         for view in views:
             scores, counts = self._scores(view)
             _warn_of_nan(view, scores, context)
             finite = [score for score in scores if math.isfinite(score)]
             mean = sum(finite) / max(1, len(finite)) or 1.0
-            total += experts_to_remove(context.budget, view.shape)
+            total += experts_to_remove(asked, _ungrouped(view.shape))
             layer = sorted(
                 (-math.inf if math.isnan(score) else score / mean, count, expert)
                 for expert, (score, count) in enumerate(zip(scores, counts, strict=True))
             )
             # a checkpoint needs one expert with weights per layer: the best of each ranks last
             ranked += [(key is layer[-1], *key[:2], view.shape.layer, key[2]) for key in layer]
-        chosen: dict[int, list[int]] = {}
-        for *_, index, expert in sorted(ranked)[:total]:
-            chosen.setdefault(index, []).append(expert)
+        ranked.sort()
         plans = {}
         for view in views:
-            replaced = sorted(chosen.get(view.shape.layer, []))
-            plans[view.shape.layer] = self._plan(view, replaced, self._scores(view)[0])
+            shape = view.shape
+            order = [expert for *_, index, expert in ranked if index == shape.layer]
+            kept = shape.experts - sum(index == shape.layer for *_, index, _ in ranked[:total])
+            kept = next_multiple(kept, context.budget.multiple_of, shape)
+            replaced = sorted(order[: shape.experts - kept])
+            plans[shape.layer] = self._plan(view, replaced, self._scores(view)[0])
         return plans
+
+    def per_layer(self) -> MoNE:
+        """The same ranking with the same number from every layer."""
+        return replace(self, scope="layer")
 
     def _scores(self, view: LayerView) -> tuple[list[float], list[int]]:
         """phi per expert, and the tokens behind it."""

@@ -251,10 +251,14 @@ class Checkpoint:
 
     def read_row(self, name: str, row: int) -> torch.Tensor:
         """``tensor[row]`` without reading the rest."""
+        return self.read_rows(name, row, 1)[0]
+
+    def read_rows(self, name: str, first: int, number: int) -> torch.Tensor:
+        """``tensor[first : first + number]`` without reading the rest."""
         info = self.tensors[name]
         try:
             with safe_open(info.file, "pt") as handle:
-                tensor: torch.Tensor = handle.get_slice(name)[row : row + 1][0].clone()
+                tensor: torch.Tensor = handle.get_slice(name)[first : first + number].clone()
                 return tensor
         except SafetensorError as error:
             raise _bad(info.file, str(error)) from error

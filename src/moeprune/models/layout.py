@@ -19,6 +19,7 @@ from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
 from moeprune.models.sites import MoESite
+from moeprune.models.special import flat_matrices
 
 _EXPERT_INDEX = re.compile(r"(?P<head>.*experts\.)(?P<expert>\d+)(?P<tail>\..*)")
 
@@ -30,12 +31,14 @@ class DiskTensor:
     Attributes:
         key: its name.
         layer: the MoE layer.
-        role: ``gate``, ``up``, ``down``, ``gate_up`` (both, fused), ``other`` (biases) or
-            ``router``.
+        role: ``gate``, ``up``, ``down``, ``gate_up`` (both, fused), ``other`` (biases, and what
+            identity experts have), ``router`` or ``table`` (experts by token id, which
+            ``redirect_table`` rewrites when experts are deleted).
         expert: whose it is, where experts are stored one by one; None where they are fused.
         dim: the axis with one entry per expert, where they are fused and for routers.
         input_dim: the axis of the matrix's inputs: -1, or -2 where it is stored transposed.
         interleaved: whether the rows of a ``gate_up`` alternate between gate and up.
+        rows: entries along ``dim`` per expert, where all experts are stored as one matrix.
     """
 
     key: str
@@ -45,6 +48,7 @@ class DiskTensor:
     dim: int = 0
     input_dim: int = -1
     interleaved: bool = False
+    rows: int = 1
 
     def renamed(self, expert: int) -> str:
         """The name under another expert's id."""
@@ -104,10 +108,6 @@ def refuse(model: LayeredModel) -> None:
             f"some experts of {model.checkpoint.path} are constants already",
             "prune the original model instead",
         )
-    for name in model.model.state_dict():
-        last = name.rpartition(".")[2]
-        if last in quirks.REFUSED_LAYERS:
-            raise UnsupportedModelError(f"{kind} is not supported: {quirks.REFUSED_LAYERS[last]}")
 
 
 def _router_tensor(key: str, name: str, info: TensorInfo, site: MoESite) -> DiskTensor | None:
@@ -116,6 +116,10 @@ def _router_tensor(key: str, name: str, info: TensorInfo, site: MoESite) -> Disk
             if len(info.shape) <= tensor.dim or info.shape[tensor.dim] != tensor.size:
                 raise UnsupportedModelError(f"{key}: {list(info.shape)} is not the router's shape")
             return DiskTensor(key, site.shape.layer, "router", None, tensor.dim)
+    if name.rpartition(".")[2] in quirks.EXPERT_TABLES:
+        if len(info.shape) != 2:
+            raise UnsupportedModelError(f"{key}: {list(info.shape)} is not a table's shape")
+        return DiskTensor(key, site.shape.layer, "table", None)
     return None
 
 
@@ -123,6 +127,13 @@ def _expert_tensor(
     key: str, name: str, pattern: str | None, info: TensorInfo, site: MoESite, model: LayeredModel
 ) -> DiskTensor | None:
     parameter = name.removeprefix(site.experts_name + ".")
+    flat = flat_matrices(site.experts).get(parameter)
+    if flat is not None:
+        flat_role, axis = flat
+        rows = site.shape.intermediate
+        tensor = DiskTensor(key, site.shape.layer, flat_role, None, 0, axis, rows=rows)
+        _check_shape(tensor, info, site)
+        return tensor
     if "." in parameter or parameter == "novice_value":
         return None  # a norm inside the experts module, shared by all of them
     role = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}.get(parameter, "other")
@@ -140,6 +151,8 @@ def _expert_tensor(
     if per_expert and match is None:
         raise UnsupportedModelError(f"{key}: no expert id in its name")
     expert = int(match["expert"]) if per_expert and match is not None else None
+    if expert is not None and expert >= site.shape.experts:
+        role = "other"  # an identity expert's: stored, never used
     axis = -2 if transposed else -1
     tensor = DiskTensor(key, site.shape.layer, role, expert, 0, axis, interleaved)
     _check_shape(tensor, info, site)
@@ -148,8 +161,10 @@ def _expert_tensor(
 
 def _check_shape(tensor: DiskTensor, info: TensorInfo, site: MoESite) -> None:
     shape = site.shape
-    fits = tensor.expert is not None or info.shape[0] == shape.experts
-    if tensor.role != "other":
+    fits = tensor.expert is not None or info.shape[0] == shape.experts * tensor.rows
+    if tensor.rows > 1:
+        fits = fits and info.shape[1:] == (shape.hidden,)
+    elif tensor.role != "other":
         width = shape.intermediate if tensor.role == "down" else shape.hidden
         fits = fits and len(info.shape) >= 2 and info.shape[tensor.input_dim] == width
     if not fits:
@@ -169,7 +184,7 @@ class DiskExperts:
         self._tensors = {
             (tensor.role, tensor.expert): tensor
             for tensor in layout.values()
-            if tensor.layer == site.shape.layer and tensor.role not in ("router", "other")
+            if tensor.layer == site.shape.layer and tensor.role not in ("router", "table", "other")
         }
 
     def matrix(self, expert: int, role: str) -> Tensor:
@@ -179,12 +194,17 @@ class DiskExperts:
             return self._oriented(self._checkpoint.read(single.key), single)
         fused = self._tensors.get((role, None))
         if fused is not None:
-            return self._oriented(self._checkpoint.read_row(fused.key, expert), fused)
+            return self._oriented(self._rows(fused, expert), fused)
         both = self._tensors[("gate_up", None)]
         stacked = self._oriented(self._checkpoint.read_row(both.key, expert), both)
         if both.interleaved:
             return stacked[("gate", "up").index(role) :: 2].contiguous()
         return stacked.chunk(2)[("gate", "up").index(role)].contiguous()
+
+    def _rows(self, disk: DiskTensor, expert: int) -> Tensor:
+        if disk.rows == 1:
+            return self._checkpoint.read_row(disk.key, expert)
+        return self._checkpoint.read_rows(disk.key, expert * disk.rows, disk.rows)
 
     @staticmethod
     def _oriented(tensor: Tensor, disk: DiskTensor) -> Tensor:

@@ -25,10 +25,12 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moeprune.errors import CheckpointError, UnsupportedModelError
+from moeprune.models import uneven_runtime
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.generated import novice_class
 from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
-from moeprune.models.runtime import novice_class
-from moeprune.models.sites import MoESite, find_sites, is_experts
+from moeprune.models.sites import MoESite, find_sites, is_experts, is_uneven, resize_facts
+from moeprune.models.special import describe
 
 RESIDENT = -1
 """Key of the tensors outside the decoder layers: embeddings, final norm, head."""
@@ -37,10 +39,15 @@ RESIDENT = -1
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model with parameters on meta and real buffers (rotary tables, correction biases)."""
     cls = native_class(config)
+    if cls.config_class is type(text_config(config)):
+        config = text_config(config)  # as AutoModelForCausalLM does where there is a tower as well
     if getattr(text_config(config), "approximate_experts", None):
         cls = novice_class(cls)
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         model: nn.Module = cls._from_config(config, dtype=dtype).eval()
+        describe(model)
+        if is_uneven(config):
+            uneven_runtime.install(model, **resize_facts(model, find_layers(model)[0]))
     return model
 
 

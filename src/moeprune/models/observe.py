@@ -3,15 +3,17 @@
 It is registered with transformers' ``ExpertsInterface`` and receives the very indices and weights
 that the block hands to its experts, so no router is ever recomputed. It is switched on for one
 layer at a time, and each batch collects into its own accumulators: which threads run which batches
-makes no difference.
+makes no difference. Experts that do not follow the interface get a forward of their own here for
+that time (``_SPECIAL``).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ from transformers.integrations.moe import ExpertsInterface
 from moeprune.core.accumulators import BlockRows, ExpertRows
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import UnsupportedModelError
+from moeprune.models import quirks
 from moeprune.models.sites import MoESite
+from moeprune.models.special import flat_matrices, stacked
 
 IMPLEMENTATION = "moeprune_observe"
 _ROW_BLOCK = 64
@@ -35,12 +39,15 @@ class Collector:
         statistics: the sums of this batch.
         key_T: one number per token, padding included.
         real_T: True where a token is no padding; None if none is.
+        logits_TR: the router's logits, if an accumulator wants them.
+        routing: input and outputs of the router, where the experts are not told its choice.
     """
 
     statistics: LayerStatistics
     key_T: Tensor
     real_T: Tensor | None
     logits_TR: Tensor | None = None
+    routing: tuple[Tensor, ...] | None = None
     calls: int = 0
 
 
@@ -64,23 +71,43 @@ def collecting(collector: Collector | None) -> Iterator[None]:
 @contextmanager
 def observed(site: MoESite, router_output: bool) -> Iterator[None]:
     """Switch one block to the observing implementation, and back."""
-    config: Any = site.experts.config
-    before = config._experts_implementation
-    handle = site.router.register_forward_hook(_keep_logits) if router_output else None
-    config._experts_implementation = IMPLEMENTATION
-    try:
+    experts: Any = site.experts
+    special = _SPECIAL.get(type(experts).__name__)
+    with ExitStack() as stack:
+        if special is not None:
+            experts.forward = MethodType(special, experts)
+            stack.callback(experts.__dict__.pop, "forward")
+        else:
+            before = experts.config._experts_implementation
+            stack.callback(setattr, experts.config, "_experts_implementation", before)
+            experts.config._experts_implementation = IMPLEMENTATION
+        if router_output:
+            stack.callback(site.router.register_forward_hook(_keep_logits).remove)
+        if special is _observe_llama4:
+            stack.callback(site.router.register_forward_hook(_keep_routing).remove)
         yield
-    finally:
-        config._experts_implementation = before
-        if handle is not None:
-            handle.remove()
+
+
+def _keep_routing(module: nn.Module, args: Any, output: Any) -> None:
+    if _ACTIVE.collector is not None:
+        _ACTIVE.collector.routing = (args[0], *output)
 
 
 def _keep_logits(module: nn.Module, args: Any, output: Any) -> None:
     collector = _ACTIVE.collector
     if collector is not None:
-        first = output[0] if isinstance(output, (tuple, list)) else output
-        collector.logits_TR = first.reshape(-1, first.shape[-1])
+        position = quirks.LOGITS_POSITION.get(type(module).__name__, 0)
+        logits = output[position] if isinstance(output, (tuple, list)) else output
+        collector.logits_TR = logits.reshape(-1, logits.shape[-1])
+
+
+def _collector(tokens: int) -> Collector:
+    """The collector of the batch that this thread computes; its experts are called once."""
+    collector = _ACTIVE.collector
+    if collector is None or tokens != len(collector.key_T) or collector.calls:
+        raise UnsupportedModelError("the experts were not called once with all tokens of the batch")
+    collector.calls += 1
+    return collector
 
 
 def observe_experts(
@@ -91,12 +118,9 @@ def observe_experts(
     Same arithmetic as transformers' ``grouped_mm`` implementation: each slot's output times its
     gate, then the sum over a token's K slots.
     """
-    collector = _ACTIVE.collector
-    if collector is None or len(hidden_states) != len(collector.key_T) or collector.calls:
-        raise UnsupportedModelError("the experts were not called once with all tokens of the batch")
-    collector.calls += 1
+    collector = _collector(len(hidden_states))
     T, K = top_k_index.shape
-    E = int(self.num_experts)
+    E = collector.statistics.shape.experts
     flat_S = top_k_index.reshape(-1)
     order_S = torch.argsort(flat_S, stable=True)
     counts = torch.bincount(flat_S, minlength=E)[:E].tolist()  # ids >= E are slots without expert
@@ -120,7 +144,7 @@ def observe_experts(
 def _expert(
     experts: Any, e: int, hidden_states: Tensor, tokens_n: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One expert's inputs, hidden activations and outputs, by transformers' own flags.
+    """One expert's inputs, hidden activations and outputs.
 
     Half-precision matrix products on the CPU are compiled per shape, so their rows are rounded up
     to a multiple of ``_ROW_BLOCK``: a few shapes are compiled instead of one per expert and batch.
@@ -129,6 +153,13 @@ def _expert(
     if hidden_states.device.type == "cpu" and hidden_states.dtype != torch.float32:
         tokens_n = torch.cat((tokens_n, tokens_n[:1].expand(-n % _ROW_BLOCK)))
     x_nH = hidden_states[tokens_n]
+    run = _flat_expert if flat_matrices(experts) else _interface_expert
+    h_nI, f_nH = run(experts, e, x_nH)
+    return x_nH[:n], h_nI[:n], f_nH[:n]
+
+
+def _interface_expert(experts: Any, e: int, x_nH: Tensor) -> tuple[Tensor, Tensor]:
+    """h and f of one expert, by transformers' own flags."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         weight = getattr(experts, name)[e]
@@ -141,7 +172,18 @@ def _expert(
         h_nI = experts.act_fn(linear(x_nH, "up_proj"))
     f_nH = linear(h_nI, "down_proj")
     f_nH = experts.post_expert_norm(f_nH) if experts.has_post_expert_norm else f_nH
-    return x_nH[:n], h_nI[:n], f_nH[:n]
+    return h_nI, f_nH
+
+
+def _flat_expert(experts: Any, e: int, x_nH: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for DBRX, whose matrices are rows of one."""
+    by_role = {
+        role: stacked(experts, name, experts.get_parameter(name))[e]
+        for name, (role, _) in flat_matrices(experts).items()
+    }
+    gate_nI = nn.functional.linear(x_nH, by_role["gate"])
+    h_nI = experts.mlp.activation_fn(gate_nI) * nn.functional.linear(x_nH, by_role["up"])
+    return h_nI, nn.functional.linear(h_nI, by_role["down"])
 
 
 def _collect(collector: Collector, expert: int, tokens_n: Tensor, rows: tuple[Tensor, ...]) -> None:
@@ -160,5 +202,62 @@ def _collect_block(collector: Collector, x_TH: Tensor, index_TK: Tensor, gate_TK
         logits_TR = None if logits_TR is None else logits_TR[real]
     collector.statistics.add_block(BlockRows(x_TH, index_TK, gate_TK, logits_TR, key_T))
 
+
+def _observe_dbrx(self: Any, x_BLH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+    """The block hands its input on as it is, not as a list of tokens."""
+    x_TH = x_BLH.reshape(-1, x_BLH.shape[-1])
+    return observe_experts(self, x_TH, index_TK, gate_TK).view_as(x_BLH)
+
+
+def _observe_longcat(self: Any, x_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+    """Ids from E on are identity experts: the token itself, times its gate."""
+    out_TH = observe_experts(self, x_TH, index_TK, gate_TK)
+    identity_T = gate_TK.masked_fill(index_TK < int(self.num_routed_experts), 0).sum(dim=1)
+    return out_TH + (x_TH * identity_T[:, None]).to(out_TH.dtype)
+
+
+def _observe_zaya(self: Any, x_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+    """The router hands a token that skips the experts to expert 0, with the gate 0."""
+    return observe_experts(
+        self, x_TH, index_TK.masked_fill(gate_TK == 0, self.num_experts), gate_TK
+    )
+
+
+def _observe_llama4(self: Any, scaled_SH: Tensor) -> Tensor:
+    """Every expert gets every token times its score, which is 0 for those not chosen.
+
+    So an expert's rows are inputs that have their gate in them already, and count with the gate 1;
+    the rows of the block have the unscaled inputs and the scores. Zero rows are nobody's tokens:
+    without biases their output is zero.
+    """
+    E = int(self.num_experts)
+    collector = _collector(len(scaled_SH) // E)
+    assert collector.routing is not None, "its router runs first"
+    x_TH, scores_TE, logits_TE = collector.routing
+    collector.routing = None
+    # the call by which the router has chosen, on the same numbers
+    index_TK = logits_TE.topk(collector.statistics.shape.top_k, dim=1).indices
+    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, index_TK, True)
+    scaled_ETH = scaled_SH.view(E, len(x_TH), -1)
+    out_ETH = torch.zeros_like(scaled_ETH)
+    for expert in range(E):
+        tokens_n = chosen_TE[:, expert].nonzero().reshape(-1)
+        if not len(tokens_n):
+            continue
+        x_nH, h_nI, f_nH = _expert(self, expert, scaled_ETH[expert], tokens_n)
+        out_ETH[expert, tokens_n] = f_nH
+        one_n = torch.ones(len(tokens_n), device=x_nH.device)
+        _collect(collector, expert, tokens_n, (x_nH, one_n, h_nI, f_nH))
+    _collect_block(collector, x_TH, index_TK, scores_TE.gather(1, index_TK).float())
+    return out_ETH.view_as(scaled_SH)
+
+
+_SPECIAL: dict[str, Callable[..., Tensor]] = {
+    "DbrxExperts": _observe_dbrx,
+    "Llama4TextExperts": _observe_llama4,
+    "LongcatFlashExperts": _observe_longcat,
+    "ZayaExperts": _observe_zaya,
+}
+"""Observing forwards of experts classes that are not called as transformers' interface says."""
 
 ExpertsInterface.register(IMPLEMENTATION, observe_experts)

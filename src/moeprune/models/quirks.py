@@ -20,16 +20,58 @@ PER_EXPERT_NAMES = (
 """Last part of the name of router tensors that have one entry per expert; a matrix called
 ``weight`` has one row per expert. Any other router tensor of that size is refused."""
 
+ROUTER_TENSORS = {"ZayaRouter": ("router_mlp.out_proj.weight", "balancing_biases")}
+"""Router classes that are networks: which of their tensors have one row per expert. In others they
+are found by their sizes."""
+
+LOGITS_POSITION = {"Llama4Router": 1}
+"""Router classes whose logits are not the first of their outputs: which one."""
+
+EXPERT_TABLES = ("tid2eid",)
+"""Last part of the name of router tensors [V, K] that choose experts by token id."""
+
+UNDECORATED = {"DbrxExperts": False, "LongcatFlashExperts": False, "Llama4TextExperts": True}
+"""Experts classes without transformers' experts interface, and whether they store their matrices
+transposed. All have gates and no biases; their gate and up matrices are not interleaved."""
+
+FLAT_MATRICES = {
+    "DbrxExperts": {"mlp.w1": ("gate", -1), "mlp.v1": ("up", -1), "mlp.w2": ("down", -2)}
+}
+"""Experts classes that store a matrix of all experts as one, [E * I, H]: each parameter's role, and
+the axis of the inputs."""
+
 REFUSED = {
     "doge": "its experts are rows of embeddings found by product keys, not networks",
     "jetmoe": "it routes attention experts as well, and its experts have their own layout",
-    "dbrx": "its experts are stored as one matrix for all experts (planned)",
-    "llama4": "its router scales the experts' inputs, all experts run densely (planned)",
-    "llama4_text": "its router scales the experts' inputs, all experts run densely (planned)",
-    "longcat_flash": "its router has identity experts and no experts interface (planned)",
-    "zaya": "its router is a network, and transformers resets its biases (planned)",
 }
-"""Model types whose experts are not pruned yet, with the reason that the user is told."""
+"""Model types whose experts are not pruned, with the reason that the user is told."""
 
-REFUSED_LAYERS = {"tid2eid": "some layers choose experts by a table over token ids (planned)"}
-"""Router tensors that make an edit of the expert list wrong, with the reason."""
+PADDABLE = frozenset({
+    "afmoe", "deepseek_v3", "dots1", "exaone_moe", "glm4_moe", "gpt_oss", "hy_v3", "kolibri1",
+    "laguna", "lfm2_moe", "minimax_m2", "nemotron_h", "solar_open",
+})  # fmt: skip
+"""Model types whose router adds a bias to independent scores before the top-k, so that a pad with
+a bias of -1e9 is never chosen and changes no other expert's weight."""
+
+OWN_COUNTS = frozenset({"dots3_note_text", "gemma4_text"})
+"""Model types whose configuration asks for equal ``per_layer_config`` entries in all layers with
+the same kind of attention: numbers of experts per layer stand in ``experts_per_layer`` instead."""
+
+UNEVEN_REFUSED = {
+    "dbrx": "all its experts are one matrix, which the runtime of uneven layers cannot shrink",
+    "longcat_flash": "its identity experts take the ids after the last expert, of all layers alike",
+    "zaya": "its blocks read the id of their skip class from the number for all layers",
+}
+"""Model types whose layers must all have the same number of experts, with the reason."""
+
+KERNEL_COUNTS = {
+    "deepseek_v4": frozenset({*(2**n for n in range(10)), 192, 320, 384, 448, 576}),
+}
+"""Numbers of experts for which a server's fused router kernel was built, by model type."""
+
+NOVICES_REFUSED = {
+    "dbrx": "all its experts are one matrix, which the runtime of novices cannot shrink",
+    "llama4_text": "its router scales what goes into an expert, not what comes out",
+    "longcat_flash": "its identity experts take the ids after the last expert, as novices would",
+}
+"""Model types whose experts are deleted and masked but not replaced by constants, and why."""

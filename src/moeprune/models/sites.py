@@ -16,6 +16,7 @@ from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import UnsupportedModelError
 from moeprune.models import quirks
 from moeprune.models.native import text_config
+from moeprune.models.special import expert_sizes
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,7 @@ def _site(model: nn.Module, layer: int, name: str, experts: nn.Module, config: A
 
 
 def _shape(layer: int, experts: nn.Module, config: Any) -> LayerShape:
-    down = experts.down_proj
-    E = int(down.shape[0])  # type: ignore[index]
-    a, b = (int(n) for n in down.shape[1:])  # type: ignore[index]
-    hidden, intermediate = (b, a) if experts.is_transposed else (a, b)
+    E, hidden, intermediate = expert_sizes(experts)
     groups = getattr(config, "n_group", None) or 1
     if getattr(config, "topk_method", None) == "greedy":
         groups = 1  # DeepSeek-V2: the key exists but the router ignores it
@@ -113,10 +111,11 @@ def _shape(layer: int, experts: nn.Module, config: Any) -> LayerShape:
 
 def top_k(config: Any) -> int:
     """K, from whichever key the family uses."""
-    for key in quirks.TOP_K_KEYS:
-        value = getattr(config, key, None)
-        if isinstance(value, int):
-            return value
+    for part in (config, getattr(config, "ffn_config", None)):
+        for key in quirks.TOP_K_KEYS:
+            value = getattr(part, key, None)
+            if isinstance(value, int):
+                return value
     raise UnsupportedModelError(f"no top-k in the configuration of {config.model_type}")
 
 
@@ -124,6 +123,11 @@ def _router_tensors(
     block_name: str, block: nn.Module, router_attr: str, router: nn.Module, shape: LayerShape
 ) -> tuple[RouterTensor, ...]:
     """Router tensors with one entry per expert; extra rows (shared, zero experts) come last."""
+    named = quirks.ROUTER_TENSORS.get(type(router).__name__)
+    if named is not None:
+        tensors = {n: t for n, t in _tensors(router, recurse=True) if n in named}
+        prefix = f"{block_name}.{router_attr}"
+        return tuple(RouterTensor(f"{prefix}.{n}", 0, len(t)) for n, t in tensors.items())
     inside = [(f"{block_name}.{router_attr}.{n}", t) for n, t in _tensors(router, recurse=True)]
     beside = [(f"{block_name}.{n}", t) for n, t in _tensors(block, recurse=False)]
     rows = [t.shape[0] for n, t in inside if t.ndim == 2 and n.endswith("weight")]
@@ -140,3 +144,47 @@ def _router_tensors(
 
 def _tensors(module: nn.Module, recurse: bool) -> list[tuple[str, Any]]:
     return [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+
+
+def count_key(config: Any) -> str:
+    """The name under which a transformers configuration holds the number of experts.
+
+    Raises:
+        UnsupportedModelError: there is none that we know.
+    """
+    text = text_config(config)
+    for key in quirks.EXPERT_COUNT_KEYS:
+        name = text.attribute_map.get(key, key)
+        if isinstance(vars(text).get(name), int):
+            return str(name)
+    raise UnsupportedModelError(f"{text.model_type}: its number of experts was not found")
+
+
+def is_uneven(config: Any) -> bool:
+    """Whether a transformers configuration gives layers different numbers of experts."""
+    text = text_config(config)
+    if getattr(text, "experts_per_layer", None):
+        return True
+    return text.is_heterogeneous and count_key(config) in text.per_layer_attributes
+
+
+def resize_facts(model: nn.Module, layer_prefix: str) -> dict[str, Any]:
+    """What ``uneven_runtime.install`` must know of a model, as its keyword arguments.
+
+    Raises:
+        UnsupportedModelError: layers hold their experts under different names.
+    """
+    router: dict[str, int] = {}
+    experts = set()
+    for index, site in sorted(find_sites(model, layer_prefix).items()):
+        layer = f"{layer_prefix}.{index}."
+        experts.add(site.experts_name.removeprefix(layer))
+        router |= {t.name.removeprefix(layer): t.dim for t in site.router_tensors}
+    if len(experts) != 1:
+        raise UnsupportedModelError("its layers hold their experts under different names")
+    return {
+        "layers": layer_prefix,
+        "experts": experts.pop(),
+        "router": router,
+        "count": count_key(model.config),
+    }

@@ -17,18 +17,34 @@ from torch import Tensor
 
 from moeprune.core.budget import least_kept
 from moeprune.core.ops.masks import nm_keep_mask, prune_count, row_keep_mask
+from moeprune.core.ops.tables import redirect_table
 from moeprune.core.plan import LayerPlan, MaskEdit, Plan
 from moeprune.core.shapes import LayerShape
-from moeprune.errors import PlanError, UnsupportedModelError
+from moeprune.errors import CheckpointError, PlanError, UnsupportedModelError
 from moeprune.files import json_bytes, new_directory, sha256_bytes
 from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.counts import (
+    PAD_BIAS,
+    Slots,
+    kept_counts,
+    padded_slots,
+    refuse_uneven,
+    set_counts,
+)
+from moeprune.models.generated import (
+    CODE_FILES,
+    GeneratedCode,
+    novice_code,
+    set_code,
+    uneven_code,
+)
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.native import native_class
-from moeprune.models.runtime import MODELING_FILE, modeling_files
-from moeprune.models.sites import MoESite
-from moeprune.models.writer import Piece, computed, copied, given, sliced, write_shards
+from moeprune.models.native import native_class, text_config
+from moeprune.models.sites import MoESite, resize_facts
+from moeprune.models.special import matrix_role, stacked
+from moeprune.models.writer import Piece, computed, copied, given, sliced, write_shards, zeros
 
 PROVENANCE = "moeprune.json"
 PLAN_COPY = "moeprune_plan.json"
@@ -51,14 +67,35 @@ class Sizes:
     bytes: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Writing:
+    """How a plan is written, where the plan leaves a choice.
+
+    Attributes:
+        pad: fill layers that keep fewer experts than others with pads that are never chosen, so
+            that stock classes open the result; refused where that would not be exact.
+    """
+
+    pad: bool = False
+
+
 def apply_plan(
     checkpoint: Checkpoint,
     plan: Plan,
     out: Path,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    writing: Writing = Writing(),
 ) -> Sizes:
     """Write the checkpoint that ``plan`` describes to ``out``.
+
+    Args:
+        checkpoint: the model that the plan was made for.
+        plan: what to do.
+        out: the new directory.
+        force: whether an existing output may be replaced.
+        progress: told bytes written and in all.
+        writing: choices that no method makes.
 
     Raises:
         PlanError: the plan is not for this model, or asks for what its router cannot do.
@@ -67,8 +104,8 @@ def apply_plan(
     """
     model = LayeredModel(checkpoint)
     layout = expert_layout(model)
-    check_plan(model, plan)
-    surgeon = _Surgeon(model, plan, layout)
+    check_plan(model, plan, writing.pad)
+    surgeon = _Surgeon(model, plan, layout, writing)
     pieces = surgeon.pieces()
     config = surgeon.config()
     with new_directory(out, force) as work:
@@ -76,10 +113,11 @@ def apply_plan(
         # raw JSON, edited: vendors' own key names stay
         (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         for file in checkpoint.other_files():
-            if file.name not in (PROVENANCE, PLAN_COPY):
+            if file.name not in (PROVENANCE, PLAN_COPY, *CODE_FILES):
                 (work / file.name).write_bytes(file.read_bytes())
-        for name, text in surgeon.code().items():
-            (work / name).write_text(text, encoding="utf-8")
+        if surgeon.code is not None:
+            for name, text in surgeon.code.files.items():
+                (work / name).write_text(text, encoding="utf-8")
         sizes = surgeon.sizes(pieces)
         plan_bytes = json_bytes(plan.to_json(None))
         (work / PLAN_COPY).write_bytes(plan_bytes)
@@ -108,7 +146,7 @@ def _provenance(checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Si
     }
 
 
-def check_plan(model: LayeredModel, plan: Plan) -> None:
+def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
     """Raise ``PlanError`` unless ``plan`` was made for this model and can be carried out on it."""
     fingerprint = plan.model.get("fingerprint")
     if fingerprint != model.checkpoint.fingerprint:
@@ -120,11 +158,9 @@ def check_plan(model: LayeredModel, plan: Plan) -> None:
         )
     shapes = {index: site.shape for index, site in model.sites.items()}
     plan.check(shapes)
-    counts = {}
+    check_novices(model, plan.layers)
     for index, shape in shapes.items():
         layer = plan.layers.get(index)
-        remain = shape.experts if layer is None else shape.experts - len(layer.dropped)
-        counts[index] = remain
         if layer is not None and layer.replaced and not layer.keep:
             raise PlanError(
                 f"plan, layer {index}: all experts are replaced by constants",
@@ -132,12 +168,17 @@ def check_plan(model: LayeredModel, plan: Plan) -> None:
             )
         if layer is not None and layer.dropped:
             _check_router(layer, shape)
-    if len(set(counts.values())) > 1:
-        least = min(counts.values())
-        raise PlanError(
-            f"the plan keeps between {least} and {max(counts.values())} experts per layer; "
-            "stock model classes need the same number in every layer",
-            f"plan with --keep {least} or a --ratio, or edit the plan to equal counts",
+    refuse_uneven(model, kept_counts(shapes, plan), pad)
+
+
+def check_novices(model: LayeredModel, layers: Mapping[int, LayerPlan]) -> None:
+    """Raise ``UnsupportedModelError`` if experts of this family cannot become constants."""
+    kind = text_config(model.config).model_type
+    reason = quirks.NOVICES_REFUSED.get(kind)
+    if reason is not None and any(layer.replaced for layer in layers.values()):
+        raise UnsupportedModelError(
+            f"experts of {kind} cannot be replaced by constants: {reason}",
+            "delete experts instead (moeits), or zero weights (moe-pruner)",
         )
 
 
@@ -159,12 +200,22 @@ def _check_router(layer: LayerPlan, shape: LayerShape) -> None:
 class _Surgeon:
     """Turns a validated plan into pieces, config and code of the new checkpoint."""
 
-    def __init__(self, model: LayeredModel, plan: Plan, layout: Mapping[str, DiskTensor]) -> None:
+    def __init__(
+        self, model: LayeredModel, plan: Plan, layout: Mapping[str, DiskTensor], writing: Writing
+    ) -> None:
         self.model, self.plan, self.layout = model, plan, layout
         self.checkpoint = model.checkpoint
         self.novices = any(layer.replaced for layer in plan.layers.values())
-        self.dropped = max((len(layer.dropped) for layer in plan.layers.values()), default=0)
-        self._masked = 0
+        shapes = {index: site.shape for index, site in model.sites.items()}
+        self.counts = kept_counts(shapes, plan)
+        if writing.pad:
+            self.counts = dict.fromkeys(self.counts, max(self.counts.values()))
+        self._slots = {
+            index: padded_slots(layer.keep, shapes[index], self.counts[index])
+            for index, layer in plan.layers.items()
+            if not layer.replaced  # novices leave every expert its id
+        }
+        self._zeroed = 0
 
     def pieces(self) -> list[Piece]:
         """All tensors of the new checkpoint, in the order of the old one."""
@@ -184,22 +235,47 @@ class _Surgeon:
 
     def _edited(self, key: str, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
         info = self.checkpoint.tensors[key]
+        slots = self._slots.get(layer.layer)
         if tensor.role == "router":
-            if not layer.dropped:
+            if slots is None:
                 return [copied(key, info)]
             # rows beyond E are not experts' (shared, zero or skip classes): they stay
             extra = range(layer.experts, info.shape[tensor.dim])
-            return [sliced(key, info, tensor.dim, [*layer.keep, *extra])]
+            fill = 0.0 if info.numel != info.shape[tensor.dim] else PAD_BIAS
+            return [sliced(key, info, tensor.dim, [*slots, *extra], fill=fill)]
+        if tensor.role == "table":
+            return [self._table(key, layer) if layer.dropped else copied(key, info)]
         if tensor.expert is not None:
-            if tensor.expert not in layer.keep:
-                return []
-            number = layer.keep.index(tensor.expert) if layer.dropped else tensor.expert
-            piece, experts = copied(tensor.renamed(number), info), [tensor.expert]
-        else:
-            piece, experts = sliced(key, info, 0, layer.keep), list(layer.keep)
-        if layer.mask is not None and _is_masked(layer.mask, tensor.role):
-            piece = self._mask(piece, tensor, layer.mask, experts)
-        return [piece]
+            return self._numbered(tensor, layer)
+        slots = layer.keep if slots is None else slots
+        return [self._masked(sliced(key, info, 0, slots, tensor.rows), tensor, layer, slots)]
+
+    def _numbered(self, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
+        """A tensor of one expert under its new number, and after the first kept one the pads."""
+        assert tensor.expert is not None
+        if tensor.expert in (*layer.dropped, *layer.replaced):
+            return []
+        slots = self._slots.get(layer.layer, tuple(range(layer.experts)))
+        # ids from E on are identity experts, which stay behind the others
+        beyond = tensor.expert - layer.experts
+        number = len(slots) + beyond if beyond >= 0 else slots.index(tensor.expert)
+        info = self.checkpoint.tensors[tensor.key]
+        piece = copied(tensor.renamed(number), info)
+        found = [self._masked(piece, tensor, layer, (tensor.expert,))]
+        if tensor.expert == layer.keep[0]:
+            pads = [number for number, expert in enumerate(slots) if expert is None]
+            found += [zeros(tensor.renamed(number), info) for number in pads]
+        return found
+
+    def _table(self, key: str, layer: LayerPlan) -> Piece:
+        def make() -> Tensor:
+            table_VK = self.checkpoint.read(key)
+            try:
+                return redirect_table(table_VK, layer.keep, layer.experts)
+            except ValueError as error:
+                raise CheckpointError(f"{key}: {error}") from error
+
+        return computed(copied(key, self.checkpoint.tensors[key]), make)
 
     def _novices(self, layer: LayerPlan, tensor: DiskTensor) -> list[Piece]:
         assert layer.novices_NH is not None
@@ -213,7 +289,10 @@ class _Surgeon:
             for row, expert in enumerate(layer.replaced)
         ]
 
-    def _mask(self, piece: Piece, tensor: DiskTensor, mask: MaskEdit, experts: list[int]) -> Piece:
+    def _masked(self, piece: Piece, tensor: DiskTensor, layer: LayerPlan, slots: Slots) -> Piece:
+        mask = layer.mask
+        if mask is None or not _is_masked(mask, tensor.role):
+            return piece
         if piece.dtype not in _TORCH_DTYPES:
             raise UnsupportedModelError(
                 f"{tensor.key} is stored as {piece.dtype}; "
@@ -222,16 +301,20 @@ class _Surgeon:
 
         def make() -> Tensor:
             weight = self.checkpoint.read(tensor.key)
+            if tensor.rows > 1:
+                weight = weight.view(-1, tensor.rows, weight.shape[-1])
             if tensor.expert is None:
-                weight = weight[experts]
+                weight = weight[[slot or 0 for slot in slots]]
             rows = weight if tensor.input_dim == -1 else weight.transpose(-1, -2)
-            for part, expert in zip(
-                rows if tensor.expert is None else [rows], experts, strict=True
-            ):
-                zero_masked(part, mask, tensor.role, expert)
+            for part, expert in zip(rows if tensor.expert is None else [rows], slots, strict=True):
+                if expert is None:
+                    part.zero_()
+                else:
+                    zero_masked(part, mask, tensor.role, expert)
             return weight
 
-        self._masked += _zeros(mask, piece.shape, tensor)
+        pads = sum(expert is None for expert in slots)
+        self._zeroed += _zeros(mask, piece.shape, tensor) * (len(slots) - pads) // len(slots)
         return computed(piece, make)
 
     def config(self) -> dict[str, Any]:
@@ -240,24 +323,24 @@ class _Surgeon:
         Raises:
             UnsupportedModelError: the number of experts is not where it should be.
         """
-        config: dict[str, Any] = json.loads(json.dumps(self.checkpoint.config))
-        if self.dropped:
-            before = next(iter(self.model.sites.values())).shape.experts
-            _set_expert_count(config, before, before - self.dropped)
+        config = set_counts(self.model, self.counts)
         if self.novices:
-            native = native_class(self.model.config)
             config["approximate_experts"] = {
                 str(index): list(layer.replaced)
                 for index, layer in sorted(self.plan.layers.items())
                 if layer.replaced
             }
-            stem = MODELING_FILE.removesuffix(".py")
-            config["auto_map"] = {"AutoModelForCausalLM": f"{stem}.Novice{native.__name__}"}
-        return config
+        return set_code(config, self.code)
 
-    def code(self) -> dict[str, str]:
-        """Generated files that the checkpoint needs to open."""
-        return modeling_files(native_class(self.model.config)) if self.novices else {}
+    @property
+    def code(self) -> GeneratedCode | None:
+        """Classes that the checkpoint needs to open; None where stock ones do."""
+        native = native_class(self.model.config)
+        if self.novices:
+            return novice_code(native)
+        if len(set(self.counts.values())) > 1:
+            return uneven_code(native, resize_facts(self.model.model, self.model.prefix))
+        return None
 
     def sizes(self, pieces: list[Piece]) -> Sizes:
         """Sizes before and after."""
@@ -268,7 +351,7 @@ class _Surgeon:
         return Sizes(
             experts=(before, before - gone),
             parameters=(numel, after),
-            nonzero=(numel, after - self._masked),
+            nonzero=(numel, after - self._zeroed),
             bytes=(self.checkpoint.nbytes, sum(piece.nbytes for piece in pieces)),
         )
 
@@ -298,7 +381,7 @@ def zero_masked(weight_OI: Tensor, mask: MaskEdit, role: str, expert: int) -> No
 
 
 def _zeros(mask: MaskEdit, shape: tuple[int, ...], tensor: DiskTensor) -> int:
-    width = shape[tensor.input_dim]
+    width = shape[tensor.input_dim] if tensor.input_dim == -1 or tensor.rows == 1 else tensor.rows
     if mask.pattern is not None:
         per_row = width // mask.pattern[1] * mask.pattern[0]
     else:
@@ -312,27 +395,14 @@ def mask_in_memory(site: MoESite, layer: LayerPlan) -> None:
     mask, experts = layer.mask, site.experts
     if mask is None:
         return
-    names = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        role = names.get(name)
+    for name, parameter in list(experts.named_parameters()):
+        role = matrix_role(experts, name)
         if role is None or not _is_masked(mask, role):
             continue
         weight = parameter.data.clone()  # the loaded tensor may be the mapped file itself
-        rows = weight.transpose(-1, -2) if experts.is_transposed else weight
+        rows_EOI = stacked(experts, name, weight)
         for expert in layer.keep:
-            zero_masked(rows[expert], mask, role, expert)
-        setattr(experts, name, torch.nn.Parameter(weight, requires_grad=False))
-
-
-def _set_expert_count(config: dict[str, Any], before: int, after: int) -> None:
-    for part in (config, config.get("text_config"), config.get("ffn_config")):
-        if not isinstance(part, dict):
-            continue
-        keys = [key for key in quirks.EXPERT_COUNT_KEYS if key in part]
-        if keys and all(part[key] == before for key in keys):
-            part.update(dict.fromkeys(keys, after))
-            return
-    raise UnsupportedModelError(
-        f"config.json does not say {before} experts under any of "
-        f"{', '.join(quirks.EXPERT_COUNT_KEYS)}"
-    )
+            zero_masked(rows_EOI[expert], mask, role, expert)
+        owner, _, last = name.rpartition(".")
+        masked = torch.nn.Parameter(weight, requires_grad=False)
+        setattr(experts.get_submodule(owner), last, masked)

@@ -54,20 +54,48 @@ def copied(name: str, info: TensorInfo) -> Piece:
     return Piece(name, info.dtype, info.shape, info.nbytes, lambda: _read(info.file, ranges))
 
 
-def sliced(name: str, info: TensorInfo, dim: int, ids: Sequence[int]) -> Piece:
-    """``tensor.index_select(dim, ids)``, byte for byte, whatever the dtype."""
-    outer, length = 1, info.shape[dim]
+def sliced(
+    name: str,
+    info: TensorInfo,
+    dim: int,
+    ids: Sequence[int | None],
+    rows: int = 1,
+    fill: float = 0.0,
+) -> Piece:
+    """``tensor.index_select(dim, ids)``, byte for byte, whatever the dtype.
+
+    With ``rows``, ids count runs of so many entries along ``dim``. Where an id is None the entry's
+    values are ``fill``; another than zero needs a floating dtype, and is clipped to its limits.
+    """
+    outer, length = 1, info.shape[dim] // rows
     for size in info.shape[:dim]:
         outer *= size
     inner = info.nbytes // (outer * length) if outer * length else 0
-    shape = (*info.shape[:dim], len(ids), *info.shape[dim + 1 :])
+    shape = (*info.shape[:dim], len(ids) * rows, *info.shape[dim + 1 :])
+    pad = b"" if None not in ids else _filled(info.dtype, inner, fill)
     ranges = [
-        (info.begin + (o * length + e) * inner, info.begin + (o * length + e + 1) * inner)
+        pad
+        if e is None
+        else (info.begin + (o * length + e) * inner, info.begin + (o * length + e + 1) * inner)
         for o in range(outer)
         for e in ids
     ]
     size = outer * len(ids) * inner
     return Piece(name, info.dtype, shape, size, lambda: _read(info.file, ranges))
+
+
+def zeros(name: str, info: TensorInfo) -> Piece:
+    """A tensor of the dtype and shape of ``info`` whose bytes are all zero."""
+    return Piece(name, info.dtype, info.shape, info.nbytes, lambda: iter([bytes(info.nbytes)]))
+
+
+def _filled(dtype: str, nbytes: int, value: float) -> bytes:
+    if value == 0:
+        return bytes(nbytes)
+    kind = next(kind for kind, name in _TORCH_NAMES.items() if name == dtype)
+    limits = torch.finfo(kind)
+    one = torch.tensor([min(max(value, limits.min), limits.max)], dtype=kind)
+    return bytes(_raw(one)) * (nbytes // one.element_size())
 
 
 def computed(piece: Piece, make: Callable[[], Tensor]) -> Piece:
@@ -91,9 +119,13 @@ def _raw(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # arrays are buffers
 
 
-def _read(file: Path, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes | memoryview]:
+def _read(file: Path, ranges: Iterable[tuple[int, int] | bytes]) -> Iterator[bytes | memoryview]:
     with file.open("rb") as handle:
-        for begin, end in ranges:
+        for source in ranges:
+            if isinstance(source, bytes):
+                yield source
+                continue
+            begin, end = source
             handle.seek(begin)
             left = end - begin
             while left:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moeprune.core.budget import Budget
+from moeprune.core.budget import Budget, next_multiple
 from moeprune.core.method import Context, LayerView, Method, make_method
 from moeprune.core.plan import LayerPlan, Plan
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import MoepruneError
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.counts import kernel_warnings
 from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.sites import MoESite
 from moeprune.models.store import StatisticsStore, same_model, versions
-from moeprune.models.surgery import mask_in_memory
+from moeprune.models.surgery import check_novices, mask_in_memory
 from moeprune.pipeline.calibration import observe
 from moeprune.pipeline.inputs import (
     Compute,
@@ -41,11 +44,13 @@ def plan(
     compute: Compute = Compute(),
     seed: int = 0,
     progress: Progress = silent,
+    uniform: bool = False,
 ) -> Plan:
     """Decide what happens to every expert.
 
     A method that scores on calibration text reads ``statistics``; one that edits a layer before
-    the next is observed (``sequential``) walks the model over ``text`` instead.
+    the next is observed (``sequential``) walks the model over ``text`` instead. With ``uniform``
+    every layer keeps the same number, the mean of what the method would keep, rounded up.
 
     Raises:
         MoepruneError: anything the user can mend.
@@ -75,11 +80,15 @@ def plan(
         layers, facts = _plan_sequentially(chosen, model, views, context, text, compute, progress)
     else:
         layers = chosen.plan_model(views, context)
+        if uniform:
+            layers = _equalised(chosen, layers, views, context)
+    check_novices(model, layers)
+    warnings += [*kernel_warnings(model, layers), *_table_warnings(layout, layers)]
     result = Plan(
         layers=layers,
         method=chosen.name,
         options=chosen.options(),
-        budget=budget.to_json(),
+        budget=budget.to_json() | ({"uniform": True} if uniform else {}),
         model=describe_model(model, model_name(source)),
         statistics=facts,
         seed=seed,
@@ -88,6 +97,35 @@ def plan(
     )
     result.check({index: site.shape for index, site in model.sites.items()})
     return result
+
+
+def _table_warnings(layout: Mapping[str, DiskTensor], layers: Mapping[int, LayerPlan]) -> list[str]:
+    smaller = {index for index, layer in layers.items() if layer.dropped}
+    tables = {tensor.layer for tensor in layout.values() if tensor.role == "table"} & smaller
+    if not tables:
+        return []
+    return [
+        f"layers {', '.join(map(str, sorted(tables)))} choose experts by token id: entries of "
+        "deleted experts are redirected to the least used of those that stay"
+    ]
+
+
+def _equalised(
+    method: Method, layers: dict[int, LayerPlan], views: _Views, context: Context
+) -> dict[int, LayerPlan]:
+    """``layers``, or if they keep different numbers of experts, a plan that keeps their mean."""
+    counts = [len(layer.keep) for layer in layers.values()]
+    if len(set(counts)) == 1:
+        return layers
+    shape = next(iter(views)).shape
+    step = math.lcm(shape.groups, context.budget.multiple_of)
+    keep = next_multiple(math.ceil(sum(counts) / len(counts)), step, shape)
+    context.warn(
+        f"{context.budget} keeps between {min(counts)} and {max(counts)} experts per layer; "
+        f"made uniform: {keep} in every layer"
+    )
+    budget = Budget(keep=keep, multiple_of=context.budget.multiple_of)
+    return method.per_layer().plan_model(views, replace(context, budget=budget))
 
 
 def _plan_sequentially(

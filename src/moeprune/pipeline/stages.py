@@ -20,7 +20,7 @@ from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.store import read_plan
 from moeprune.models.store import write_plan as save_plan
-from moeprune.models.surgery import Sizes, apply_plan
+from moeprune.models.surgery import Sizes, Writing, apply_plan
 from moeprune.pipeline.calibration import calibrate
 from moeprune.pipeline.inputs import (
     Compute,
@@ -39,6 +39,7 @@ __all__ = [
     "Compute",
     "Pruned",
     "Text",
+    "Writing",
     "apply",
     "calibrate",
     "evaluate",
@@ -55,6 +56,7 @@ def apply(
     out: Source,
     force: bool = False,
     progress: Progress = silent,
+    writing: Writing = Writing(),
 ) -> Sizes:
     """Write the checkpoint that a plan describes.
 
@@ -67,7 +69,12 @@ def apply(
     _refuse_source(checkpoint, out)
     chosen = plan_or_path if isinstance(plan_or_path, Plan) else read_plan(Path(plan_or_path))
     return apply_plan(
-        checkpoint, chosen, out, force, lambda done, total: progress("writing", done, total)
+        checkpoint,
+        chosen,
+        out,
+        force,
+        lambda done, total: progress("writing", done, total),
+        writing,
     )
 
 
@@ -108,6 +115,8 @@ def prune(
     seed: int = 0,
     force: bool = False,
     progress: Progress = silent,
+    uniform: bool = False,
+    writing: Writing = Writing(),
 ) -> Pruned:
     """calibrate + plan + apply. The plan is kept in the new checkpoint as well.
 
@@ -139,10 +148,11 @@ def prune(
             compute,
             seed,
             progress,
+            uniform,
         )
         seconds["plan"] = time.perf_counter() - start
         start = time.perf_counter()
-        sizes = apply(source, made, out, force, progress)
+        sizes = apply(source, made, out, force, progress, writing)
         seconds["apply"] = time.perf_counter() - start
     finally:
         shutil.rmtree(work, ignore_errors=True)
