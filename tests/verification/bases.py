@@ -16,7 +16,7 @@ from moeprune.core.plan import LayerPlan, MaskEdit
 from moeprune.core.shapes import LayerShape
 from moeprune.models.checkpoint import INDEX, Checkpoint
 from moeprune.models.loading import LayeredModel
-from moeprune.models.surgery import apply_plan
+from moeprune.models.surgery import Writing, apply_plan
 from support import generator, plan_for, some_experts, without
 
 Base = Callable[[str], Path]
@@ -117,11 +117,19 @@ def masked_2_of_4(shape: LayerShape) -> LayerPlan:
     return LayerPlan(shape.layer, shape.experts, keep, mask=MaskEdit(None, (2, 4), shape.roles))
 
 
-def applied(source: Path | str, out: Path, edit: Callable[[LayerShape], LayerPlan]) -> Path:
+def uneven(shape: LayerShape) -> LayerPlan:
+    """Six or four experts stay, by turns."""
+    count = 6 - 2 * (shape.layer % 2)
+    return LayerPlan(shape.layer, shape.experts, some_experts(shape, count // shape.groups))
+
+
+def applied(
+    source: Path | str, out: Path, edit: Callable[[LayerShape], LayerPlan], pad: bool = False
+) -> Path:
     """The checkpoint that the same edit of every layer gives."""
     checkpoint = Checkpoint.open(source)
     plan = plan_for(checkpoint, [edit(shape) for shape in shapes_of(source)])
-    apply_plan(checkpoint, plan, out)
+    apply_plan(checkpoint, plan, out, writing=Writing(pad))
     return out
 
 

@@ -19,6 +19,7 @@ from bases import (
     save_mxfp4,
     save_with_head,
     save_without_head,
+    uneven,
 )
 
 from families import save_tiny
@@ -32,6 +33,7 @@ SPECIAL: dict[str, Callable[[Path], Path]] = {
 }
 EDITS = {
     "deleted": deleted, "replaced": replaced, "masked": masked, "masked-2-of-4": masked_2_of_4,
+    "uneven": uneven, "padded": uneven,
 }  # fmt: skip
 
 
@@ -45,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
             directory = tmp_path_factory.mktemp("base") / "checkpoint"
             source, _, edit = name.partition("/")
             if edit:
-                saved[name] = applied(get(source), directory, EDITS[edit])
+                saved[name] = applied(get(source), directory, EDITS[edit], edit == "padded")
             elif source in SPECIAL:
                 saved[name] = SPECIAL[source](directory)
             else:

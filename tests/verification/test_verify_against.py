@@ -13,6 +13,7 @@ from bases import Base, Tensors, edit_config, edit_tensors, shapes_of
 import moeprune
 from families import moe_model_types
 from moeprune.errors import MoepruneError
+from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.store import write_plan
 from moeprune.verification.edits import Edit
@@ -27,13 +28,6 @@ PLAN = "moeprune_plan.json"
 def rules(result: Verification) -> set[str]:
     """Rules with errors, except what the record of the result itself says."""
     return {finding.rule for finding in result.of("error")} - {"provenance"}
-
-
-def supported(name: str) -> bool:
-    try:
-        return bool(moeprune.inspect(name)["supported"])
-    except MoepruneError:
-        return False
 
 
 # --- clean results
@@ -62,11 +56,38 @@ def test_a_result_is_its_plan_on_the_original(base: Base, family: str, edit: str
 
 @pytest.mark.parametrize("family", moe_model_types())
 def test_deletion_in_every_family(base: Base, family: str) -> None:
-    if not supported(str(base(family))):
-        pytest.skip("not edited yet")
-    result = moeprune.verify(base(f"{family}/deleted"), against=base(family))
+    if family in quirks.REFUSED:
+        pytest.skip(quirks.REFUSED[family])
+    edit = "deleted" if family in quirks.UNEVEN_REFUSED else "uneven"
+    result = moeprune.verify(base(f"{family}/{edit}"), against=base(family))
     assert not result.of("error"), result.findings
     assert result.comparison["logits"]["equal"]
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["plan", "no plan"])
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_padding(copy: Base, base: Base, family: str, planned: bool) -> None:
+    directory = copy(f"{family}/padded")
+    if not planned:
+        (directory / PLAN).unlink()
+        (directory / "moeprune.json").unlink()
+    result = moeprune.verify(directory, against=base(family))
+    assert result.passed(strict=True), result.findings
+    # the reference has no pads: other numbers of rows are other kernels
+    assert result.comparison["logits"]["difference"] <= 1e-5
+
+
+def test_padding_that_can_be_chosen_is_found(copy: Base, base: Base) -> None:
+    def change(tensors: Tensors) -> None:
+        for key in tensors:
+            if key.endswith("router.bias"):
+                tensors[key].clamp_(min=0.0)
+
+    directory = copy("gpt_oss/padded")
+    edit_tensors(change)(directory)
+    alone = moeprune.verify(directory)
+    assert "zero-experts" in {finding.rule for finding in alone.of("warning")}
+    assert "against-tensors" in rules(moeprune.verify(directory, against=base("gpt_oss")))
 
 
 @pytest.mark.parametrize("edit", ["deleted", "replaced", "masked", "masked-2-of-4"])

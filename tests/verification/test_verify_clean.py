@@ -36,6 +36,11 @@ CLEAN = (
     "granitemoe/replaced",
     "qwen2_moe/masked",
     "mixtral/masked-2-of-4",
+    "mixtral/uneven",
+    "granitemoe/uneven",
+    "gemma4_text/uneven",  # counts under a key of their own
+    "gpt_oss/padded",
+    "deepseek_v3/padded",
 )
 
 

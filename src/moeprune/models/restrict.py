@@ -7,6 +7,7 @@ return is exchanged. It is the reference that a written checkpoint is compared w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeprune.core.ops.tables import redirect_table
+from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
-from moeprune.models.sites import MoESite
+from moeprune.models.sites import MoESite, is_experts
+from moeprune.models.special import flat_matrices
+from moeprune.models.uneven_runtime import recount
 
 
 @dataclass(frozen=True)
@@ -93,26 +98,40 @@ class RestrictedModel(AlignedModel):
             self._zeros.free_layer(index)
 
     def _slice(self, site: MoESite, keep: Sequence[int]) -> None:
-        block = self.model.get_submodule(site.experts_name.rpartition(".")[0])
         E, ids = site.shape.experts, torch.tensor(keep, device=self.device)
-        for name, parameter in list(site.experts.named_parameters(recurse=False)):
-            if parameter.shape[:1] == (E,):
-                _set(site.experts, name, parameter.index_select(0, ids))
+        sizes = {E: len(keep)}
         for tensor in site.router_tensors:
             owner, _, name = tensor.name.rpartition(".")
             module = self.model.get_submodule(owner)
-            extra = torch.arange(E, tensor.size, device=self.device)
-            kept = getattr(module, name).index_select(tensor.dim, torch.cat((ids, extra)))
-            _set(module, name, kept)
-        for module in {block, site.experts, *site.router.modules()}:
-            for name, value in list(vars(module).items()):
-                if _counts_experts(name) and value == E and type(value) is int:
-                    setattr(module, name, len(keep))
+            rows = torch.cat((ids, torch.arange(E, tensor.size, device=self.device)))
+            sizes[tensor.size] = len(rows)  # rows beyond the experts' stay
+            _set(module, name, getattr(module, name).index_select(tensor.dim, rows))
+        for name, parameter in list(site.experts.named_parameters(recurse=False)):
+            if name in flat_matrices(site.experts):
+                matrices = parameter.view(E, -1, parameter.shape[-1])
+                _set(site.experts, name, matrices[ids].flatten(0, 1))
+            elif parameter.shape[0] in sizes:
+                rows = torch.cat((ids, torch.arange(E, len(parameter), device=self.device)))
+                _set(site.experts, name, parameter.index_select(0, rows))
+        for name, table_VK in list(site.router.named_buffers(recurse=False)):
+            if name in quirks.EXPERT_TABLES:
+                _set(site.router, name, redirect_table(table_VK, tuple(keep), E))
+        inside = (site.experts_name, *(tensor.name for tensor in site.router_tensors))
+        for path, module in self.layers[site.shape.layer].named_modules():
+            full = f"{self.prefix}.{site.shape.layer}.{path}"
+            if path and any(name == full or name.startswith(f"{full}.") for name in inside):
+                recount(module, sizes)
+                _recount_config(module, E, len(keep))
 
 
-def _counts_experts(name: str) -> bool:
-    """Whether an attribute of that name may hold E."""
-    return "expert" in name and not any(part in name for part in ("tok", "top", "shared", "group"))
+def _recount_config(module: Any, before: int, after: int) -> None:
+    """Give a module a configuration of its own, for those that read the number when they run."""
+    config = vars(module).get("config")
+    keys = [key for key in quirks.EXPERT_COUNT_KEYS if getattr(config, key, None) == before]
+    if keys and not is_experts(module):
+        module.config = copy.copy(config)
+        for key in keys:
+            setattr(module.config, key, after)
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from moeprune.core.ops.masks import prune_count
+from moeprune.core.ops.tables import redirect_table
 from moeprune.errors import MoepruneError, PlanError
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.counts import PAD_BIAS, Slots
 from moeprune.models.scan import FLOAT_DTYPES, digest
-from moeprune.models.writer import copied, given, sliced
+from moeprune.models.writer import computed, copied, given, sliced, zeros
 from moeprune.verification.edits import Edit, Mask
 from moeprune.verification.finding import ERROR, Finding, Found, Rule, Skip
 from moeprune.verification.logits import compare_logits
@@ -80,23 +82,31 @@ def _difference(subject: Subject, reference: Reference, key: str, source: Source
     """In which way a tensor is not what it was, or empty."""
     stored, original = subject.tensors[key], reference.checkpoint.tensors[source.key]
     piece = copied(key, original)
-    origin = source.key
-    if source.dim is not None:
-        piece = sliced(key, original, source.dim, source.ids)
-        if len(source.ids) < original.shape[source.dim]:
-            origin = f"entries {_listed(source.ids)} of {source.key}"
+    origin = f"{source.key} of the original"
+    if source.zero:
+        piece, origin = zeros(key, original), "padding"
+    elif source.table is not None:
+        table_VK = reference.checkpoint.read(source.key)
+        edit = source.table
+        piece = computed(piece, lambda: redirect_table(table_VK, edit.keep, edit.experts))
+        origin = f"{origin} with the experts' new numbers"
+    elif source.dim is not None and source.disk is not None:
+        fill = PAD_BIAS if original.shape[source.dim] == original.numel else 0.0
+        piece = sliced(key, original, source.dim, source.ids, source.disk.rows, fill)
+        if piece.shape != original.shape:
+            origin = f"entries {_listed(source.ids)} of {origin}"
     if (stored.dtype, stored.shape) != (piece.dtype, piece.shape):
         return (
             f"{stored.dtype} {list(stored.shape)} is stored, "
-            f"{origin} of the original is {piece.dtype} {list(piece.shape)}"
+            f"{origin} is {piece.dtype} {list(piece.shape)}"
         )
     if digest(copied(key, stored)) == digest(piece):
         return ""
-    return f"its bytes are not those of {origin} of the original"
+    return f"its bytes are not those of {origin}"
 
 
-def _listed(ids: tuple[int, ...]) -> str:
-    shown = ", ".join(map(str, ids[:6]))
+def _listed(ids: Slots) -> str:
+    shown = ", ".join("padding" if e is None else str(e) for e in ids[:6])
     return f"{shown}, ..." if len(ids) > 6 else shown
 
 
@@ -155,17 +165,22 @@ def masks(subject: Subject) -> Found:
 def _masked_rows(
     stored: Checkpoint, original: Checkpoint, key: str, source: Source, mask: Mask
 ) -> Iterator[str]:
-    assert source.disk is not None
-    ids = source.ids if source.dim is not None else (None,)
-    for row, expert in enumerate(ids):
-        if expert is None:
+    disk = source.disk
+    assert disk is not None
+    for row, expert in enumerate(source.ids if source.dim is not None else (None,)):
+        if source.dim is None:
             now, before = stored.read(key), original.read(source.key)
+        elif expert is None:
+            continue  # padding
+        elif disk.rows > 1:
+            now = stored.read_rows(key, row * disk.rows, disk.rows)
+            before = original.read_rows(source.key, expert * disk.rows, disk.rows)
         else:
             now, before = stored.read_row(key, row), original.read_row(source.key, expert)
         if now.shape != before.shape:
             yield f"{list(now.shape)} is stored, the original has {list(before.shape)}"
             return
-        if source.disk.input_dim == -2:
+        if disk.input_dim == -2:
             now, before = now.T, before.T
         why = _mask_problem(now, before, mask)
         if why:

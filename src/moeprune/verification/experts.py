@@ -163,22 +163,25 @@ def per_layer(subject: Subject) -> Found:
 
 
 def zero_experts(subject: Subject) -> Found:
-    """An expert with a matrix of zeros gives nothing."""
+    """An expert with a matrix of zeros gives nothing; padding is meant to."""
+    scans = subject.scans
     for group in subject.groups:
-        for expert, by_tail in sorted(group.matrices.items()):
-            zero = [
-                key
-                for key in by_tail.values()
-                if len(subject.tensors[key].shape) == 2
-                and not key.endswith(COMPANIONS)
-                and key in subject.scans
-                and subject.scans[key].zero_rows
-            ]
-            if zero:
-                yield _zero(subject, zero[0], expert)
-    for key, scan in subject.scans.items():
-        if subject.is_fused(key):
-            for expert in scan.zero_rows:
+        zero = {
+            expert: key
+            for expert, by_tail in sorted(group.matrices.items())
+            for key in sorted(by_tail.values())
+            if len(subject.tensors[key].shape) == 2
+            and not key.endswith(COMPANIONS)
+            and key in scans
+            and scans[key].zero_rows
+        }
+        pads = subject.pads(group.layer) if zero else set()
+        for expert in sorted(set(zero) - pads):
+            yield _zero(subject, zero[expert], expert)
+    for key, scan in scans.items():
+        if scan.zero_rows and subject.is_fused(key):
+            pads = subject.pads(subject.model.group(str(subject.model.target(key)[0])))
+            for expert in sorted(set(scan.zero_rows) - pads):
                 yield _zero(subject, key, expert)
 
 

@@ -60,9 +60,11 @@ def counts(subject: Subject) -> Found:
         yield Finding("plan-counts", ERROR, PLAN_COPY, None, error.problem, _AGAIN)
         return
     subject.require_all()
+    most = max((len(edit.keep) for edit in edits.values()), default=0)
     for layer, edit in sorted(edits.items()):
         stored = _stored(subject, layer)
-        if stored is not None and stored != len(edit.keep):
+        padded = stored == most and len(subject.pads(layer)) == most - len(edit.keep)
+        if stored is not None and stored != len(edit.keep) and not padded:
             problem = (
                 f"layer {layer} keeps {len(edit.keep)} experts by the plan, {stored} are stored"
             )

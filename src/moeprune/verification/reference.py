@@ -11,6 +11,7 @@ from moeprune.core.plan import Plan
 from moeprune.core.shapes import ROLES
 from moeprune.errors import PlanError
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
+from moeprune.models.counts import Slots, padded_slots
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.scan import digest
@@ -32,13 +33,17 @@ class Source:
         ids: the parts.
         masked: the layer's edit, if weights of this tensor were zeroed.
         disk: what kind of tensor it is; None if it is no expert's or router's.
+        table: the layer's edit, if this names experts by token and they were renumbered.
+        zero: whether it is padding of the original's shape.
     """
 
     key: str
     dim: int | None = None
-    ids: tuple[int, ...] = ()
+    ids: Slots = ()
     masked: Edit | None = None
     disk: DiskTensor | None = None
+    table: Edit | None = None
+    zero: bool = False
 
 
 @dataclass
@@ -119,10 +124,11 @@ class Reference:
     def _recognise(self, layer: int) -> Edit:
         """The edit that the experts' bytes show; where weights were changed, the router's rows."""
         novices = self.subject.novices_of(layer)
+        pads = self.subject.pads(layer)
         experts = self.model.sites[layer].shape.experts
         for routers in (False, True):
             own = self._signatures(self.checkpoint.tensors, layer, range(experts), routers)
-            stored = self._stored_ids(layer, routers)
+            stored = [e for e in self._stored_ids(layer, routers) if e not in pads]
             signatures = self._signatures(self.subject.tensors, layer, stored, routers)
             known = {signature: expert for expert, signature in own.items()}
             found = [known.get(signatures[expert]) for expert in stored]
@@ -135,7 +141,10 @@ class Reference:
         return sorted(
             (key, tensor)
             for key, tensor in self.layout.items()
-            if tensor.layer == layer and (tensor.role == "router") == routers
+            if tensor.layer == layer
+            and tensor.role != "table"
+            and (tensor.role == "router") == routers
+            and (tensor.expert or 0) < self.model.sites[layer].shape.experts
         )
 
     def _stored_ids(self, layer: int, routers: bool) -> list[int]:
@@ -147,7 +156,7 @@ class Reference:
             names = {e: one_by_one[0].renamed(e) for e in ids}
             return [e for e in ids if names[e] in self.subject.tensors]
         rows = [
-            self.subject.tensors[key].shape[tensor.dim] - self._extra(key, tensor)
+            self.subject.tensors[key].shape[tensor.dim] // tensor.rows - self._extra(key, tensor)
             for key, tensor in keys
             if key in self.subject.tensors
         ]
@@ -155,7 +164,7 @@ class Reference:
 
     def _extra(self, key: str, tensor: DiskTensor) -> int:
         experts = self.model.sites[tensor.layer].shape.experts
-        return self.checkpoint.tensors[key].shape[tensor.dim] - experts
+        return self.checkpoint.tensors[key].shape[tensor.dim] // tensor.rows - experts
 
     def _signatures(
         self, tensors: Mapping[str, TensorInfo], layer: int, ids: Sequence[int], routers: bool
@@ -166,7 +175,9 @@ class Reference:
             if tensor.expert is None:
                 if key in tensors:
                     for e in ids:
-                        found[e].append(digest(sliced(key, tensors[key], tensor.dim, [e])))
+                        found[e].append(
+                            digest(sliced(key, tensors[key], tensor.dim, [e], tensor.rows))
+                        )
                 continue
             for e in ids:
                 name = tensor.renamed(e)
@@ -185,15 +196,35 @@ class Reference:
             edit = None if tensor is None else self.edits.get(tensor.layer)
             if tensor is None or edit is None:
                 yield key, Source(key)
+                continue
+            slots = self._slots(tensor.layer, edit)
+            if tensor.role == "table":
+                yield key, Source(key, table=edit if edit.dropped else None)
             elif tensor.role == "router":
-                extra = range(edit.experts, info.shape[tensor.dim])
-                ids = (*edit.keep, *extra) if edit.dropped else tuple(range(info.shape[tensor.dim]))
+                ids = (*slots, *range(edit.experts, info.shape[tensor.dim]))
                 yield key, Source(key, tensor.dim, ids, None, tensor)
             elif tensor.expert is None:
-                yield key, Source(key, 0, edit.keep, _masked(edit, tensor), tensor)
+                ids = edit.keep if edit.replaced else slots
+                yield key, Source(key, 0, ids, _masked(edit, tensor), tensor)
+            elif tensor.expert >= edit.experts:  # identity experts stand behind the others
+                number = len(slots) + tensor.expert - edit.experts
+                yield tensor.renamed(number), Source(key)
             elif tensor.expert in edit.keep:
-                number = edit.keep.index(tensor.expert) if edit.dropped else tensor.expert
-                yield tensor.renamed(number), Source(key, None, (), _masked(edit, tensor), tensor)
+                source = Source(key, None, (), _masked(edit, tensor), tensor)
+                yield tensor.renamed(slots.index(tensor.expert)), source
+                if tensor.expert == edit.keep[0]:
+                    for number in (n for n, expert in enumerate(slots) if expert is None):
+                        yield tensor.renamed(number), Source(key, zero=True)
+
+    def _slots(self, layer: int, edit: Edit) -> Slots:
+        """The original's expert of each that the router selects among; None is padding."""
+        if edit.replaced:
+            return tuple(range(edit.experts))
+        keep, shape = edit.keep, self.model.sites[layer].shape
+        stored = self.subject.experts(layer)
+        if stored <= len(keep) or not self.subject.pads(layer):
+            return keep
+        return padded_slots(keep, shape, stored)
 
 
 def _masked(edit: Edit, tensor: DiskTensor) -> Edit | None:

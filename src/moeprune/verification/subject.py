@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.models import quirks
 from moeprune.models.checkpoint import INDEX, Checkpoint, TensorInfo, read_header
@@ -29,6 +31,7 @@ COMPANIONS = ("_scale_inv", "_scale", "_scales", "_blocks", "_packed", "_zero_po
 
 _EXPERT = re.compile(r"(?P<head>(?:.*\.)?experts\.)(?P<expert>\d+)\.(?P<tail>.+)")
 _NOVICE = "approx_value"
+_RULED_OUT = -1e4  # no sum of scores reaches it; half precision cannot say much less
 
 
 @dataclass(frozen=True)
@@ -239,13 +242,17 @@ class Subject:
     @property
     def uneven(self) -> dict[str, int]:
         """E of layers that have an entry of their own, by index as it stands there."""
-        table = self.entry("per_layer_config")
-        return {
+        own, parts = self.entry("experts_per_layer"), self.entry("per_layer_config")
+        found = {
             str(layer): value
-            for layer, part in (table.items() if isinstance(table, dict) else ())
+            for layer, part in (parts.items() if isinstance(parts, dict) else ())
             for key in quirks.EXPERT_COUNT_KEYS
             if isinstance(part, dict) and (value := number(part, key)) is not None
         }
+        for layer in own if isinstance(own, dict) else ():
+            if (value := number(own, layer)) is not None:
+                found[str(layer)] = value
+        return found
 
     @property
     def novices(self) -> dict[str, Any]:
@@ -320,6 +327,22 @@ class Subject:
     def model_error(self) -> Exception | None:
         """Why the model cannot be built."""
         return self._model if isinstance(self._model, Exception) else None
+
+    def pads(self, layer: int | None) -> set[int]:
+        """Ids of a layer's experts that its router never chooses: their bias rules them out."""
+        try:
+            model = self.model
+        except Skip:
+            return set()
+        site = None if layer is None else model.sites.get(layer)
+        biases = {t.name for t in site.router_tensors} if site is not None else set()
+        found = set()
+        for key, info in self.tensors.items():
+            is_vector = max(info.shape, default=0) == info.numel
+            if model.target(key)[0] in biases and info.dtype in FLOAT_DTYPES and is_vector:
+                values = AsFound(self.path).read(key).flatten().double()
+                found |= set(torch.nonzero(values < _RULED_OUT).flatten().tolist())
+        return found
 
     @property
     def quantised(self) -> bool:
