@@ -40,6 +40,7 @@ _HOME = {
     "prune": "moeprune.pipeline.stages",
     "read_plan": "moeprune.models.store",
     "register": "moeprune.core.method",
+    "verify": "moeprune.pipeline.verification",
     "write_plan": "moeprune.models.store",
 }
 
@@ -64,6 +65,7 @@ __all__ = [
     "prune",
     "read_plan",
     "register",
+    "verify",
     "write_plan",
 ]
 
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from moeprune.pipeline.inspection import inspect
     from moeprune.pipeline.planning import plan
     from moeprune.pipeline.stages import apply, evaluate, prune
+    from moeprune.pipeline.verification import verify
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,8 @@ from running import Done, Run
 from support import tree
 
 COMMANDS = (
-    "inspect", "calibrate", "merge", "plan", "apply", "prune", "evaluate", "methods", "demo",
+    "inspect", "calibrate", "merge", "plan", "apply", "prune", "evaluate", "verify", "methods",
+    "demo",
 )  # fmt: skip
 
 

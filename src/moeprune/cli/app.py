@@ -39,6 +39,7 @@ from moeprune.cli.options import (
     parse_options,
     parse_text,
 )
+from moeprune.cli.verify import verify
 from moeprune.errors import MoepruneError
 
 app = typer.Typer(
@@ -321,6 +322,9 @@ def evaluate(
     output.print_rows(f"{result['model']} ({result['dtype']})", rows)
     if result["kl"] is not None:
         output.OUT.print(f"all: KL {result['kl']:.4f}, agreement {result['agreement']:.1%}")
+
+
+app.command()(verify)
 
 
 @app.command()

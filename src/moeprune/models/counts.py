@@ -98,6 +98,8 @@ def set_counts(model: LayeredModel, counts: Mapping[int, int]) -> dict[str, Any]
         if smaller:
             part["experts_per_layer"] = {str(index): count for index, count in smaller.items()}
         return config
+    if not smaller and "per_layer_config" not in part:
+        return config
     key = count_key(model.config)
     entries = {int(i): dict(e) for i, e in (part.pop("per_layer_config", None) or {}).items()}
     for index in counts:

@@ -132,9 +132,16 @@ class LayeredModel:
         return self._names[key]
 
     def uses(self, key: str) -> bool:
-        """Whether a tensor on disk becomes part of a parameter."""
+        """Whether a tensor on disk becomes part of a parameter, if only as a scale."""
         part = self.quantisation.parts.get(key)
         return self.target(key if part is None else part.name)[0] is not None
+
+    def parameter(self, key: str) -> str | None:
+        """The parameter that the values on disk become (part of); None for scales and others."""
+        part = self.quantisation.parts.get(key)
+        if part is not None and key != part.stored:
+            return None
+        return self.target(key if part is None else part.name)[0]
 
     def disk_name(self, name: str) -> str:
         """The name on disk of a parameter that is stored as it is."""
@@ -193,6 +200,26 @@ class LayeredModel:
                 if p is not None:
                     meta = torch.empty_like(p, device="meta")
                     module._parameters[name] = nn.Parameter(meta, requires_grad=False)
+
+    def load_shapes(self) -> Any:
+        """Run transformers' own conversion on shapes alone; nothing is read.
+
+        The buffers of the model are lost, so use this one for nothing else.
+
+        Returns:
+            transformers' report: ``missing_keys``, ``mismatched_keys`` (name, found, expected) and
+            ``conversion_errors`` by name.
+        """
+        shapes = {key: info.shape for key, info in self.checkpoint.tensors.items()}
+        shapes |= {name: weight.shape for name, weight in self.quantisation.weights.items()}
+        names = [key for key, (name, _) in self._names.items() if name is not None]
+        config = LoadStateDictConfig(
+            device_map={"": "meta"}, dtype=self.dtype, weight_mapping=self._mapping
+        )
+        with quiet_transformers(), torch.device("meta"):
+            state = {key: torch.empty(shapes[key], dtype=self.dtype) for key in names}
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, config, None)
+        return info
 
     def _refuse_missing(self, names: list[str]) -> None:
         if names:

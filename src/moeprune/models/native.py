@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    __version__,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from moeprune.errors import UnsupportedModelError
@@ -57,7 +57,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
 def _needs_its_own_code(what: str, kind: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"transformers {__version__} has no class of its own for {what}; "
+        f"transformers {transformers.__version__} has no class of its own for {what}; "
         "code that comes with a checkpoint is not run",
         quirks.ONLY_WITH_OWN_CODE.get(kind, "use a checkpoint of a type that transformers has"),
     )
@@ -95,3 +95,13 @@ def auto_classes(cls: type[Any]) -> list[str]:
 def text_config(config: Any) -> Any:
     """The language model's part of a configuration."""
     return config.get_text_config()
+
+
+def knows_type(model_type: Any) -> bool:
+    """Whether transformers has a configuration of that ``model_type``."""
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def knows_class(name: str) -> bool:
+    """Whether transformers has a model class of that name."""
+    return isinstance(getattr(transformers, name, None), type)

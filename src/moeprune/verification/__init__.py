@@ -1,0 +1,1 @@
+"""Finds what is wrong with a compressed MoE checkpoint, and says how to mend it."""

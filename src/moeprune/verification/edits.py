@@ -1,0 +1,83 @@
+"""What a plan says about each layer, without the vectors: a copy of a plan has none."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune.core.plan import FORMAT
+from moeprune.core.shapes import ROLES
+from moeprune.errors import PlanError
+from moeprune.verification.subject import read_json
+
+_PATTERN = re.compile(r"(\d{1,4}):(\d{1,4})")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """How many weights are zero: ``ratio`` of each row, ``pattern`` n of every m, or any number."""
+
+    roles: tuple[str, ...]
+    ratio: float | None = None
+    pattern: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What happens to one layer.
+
+    Attributes:
+        experts: E before.
+        keep: experts whose weights stay, in the order in which they are stored.
+        replaced: experts that become constants; the others are deleted.
+        mask: which weights of kept experts are zero; None if none were.
+    """
+
+    experts: int
+    keep: tuple[int, ...]
+    replaced: tuple[int, ...] = ()
+    mask: Mask | None = None
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Experts that are deleted."""
+        return tuple(e for e in range(self.experts) if e not in {*self.keep, *self.replaced})
+
+
+def read_edits(path: Path) -> dict[int, Edit]:
+    """The layers of a plan.
+
+    Raises:
+        PlanError: not a plan.
+    """
+    data = read_json(path / "plan.json" if path.is_dir() else path)
+    layers = data.get("layers") if isinstance(data, dict) else None
+    if not isinstance(layers, dict) or data.get("format") != FORMAT:
+        raise PlanError(f"{path} is not a plan of format {FORMAT}", "give the output of plan")
+    try:
+        return {int(index): _edit(entry) for index, entry in layers.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(
+            f"{path} is not a plan: a layer is malformed ({error})", "give the output of plan"
+        ) from error
+
+
+def _edit(entry: dict[str, Any]) -> Edit:
+    mask = entry.get("mask")
+    experts = int(entry["experts"])
+    keep, replaced = (tuple(int(e) for e in entry[name]) for name in ("keep", "replaced"))
+    if not set(keep + replaced) <= set(range(experts)) or len({*keep, *replaced}) != len(
+        keep + replaced
+    ):
+        raise ValueError("its experts are not ids, each named once")
+    return Edit(experts, keep, replaced, None if mask is None else _mask(mask))
+
+
+def _mask(entry: dict[str, Any]) -> Mask:
+    roles = tuple(role for role in ROLES if role in entry["roles"])
+    match = _PATTERN.fullmatch(str(entry.get("pattern", "")))
+    if match is not None:
+        return Mask(roles, pattern=(int(match[1]), int(match[2])))
+    return Mask(roles, ratio=float(entry["ratio"]))

@@ -1,0 +1,112 @@
+"""Logits of a compressed model against those of the original, restricted in memory to the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeprune.errors import DataError, MoepruneError
+from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.data import demo_text, load_tokenizer, token_keys, tokenise
+from moeprune.models.native import text_config
+from moeprune.models.restrict import AlignedModel, RestrictedModel, Restriction
+from moeprune.models.walk import Batch, Walk
+from moeprune.verification.edits import Edit
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest difference of a logit, as a fraction of the largest logit, by the type computed in.
+
+Deletion leaves the arithmetic as it is and is equal to the bit. Constants are added by another
+formula, and other kernels may be chosen for other numbers of experts: both are rounding.
+"""
+
+_SEQUENCES, _LENGTH = 4, 48
+
+
+def compare_logits(
+    result: Checkpoint,
+    original: Checkpoint,
+    edits: Mapping[int, Edit],
+    constants: Mapping[int, Mapping[int, Tensor]],
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Walk both models over a few short sequences, layer by layer.
+
+    Args:
+        result: the compressed checkpoint.
+        original: what it was made from.
+        edits: what was done, by layer.
+        constants: by layer and expert, what a replaced expert returns [H].
+        dtype: to compute in, one of ``TOLERANCE``.
+        device: to compute on.
+        progress: told (steps done, steps in all).
+
+    Raises:
+        MoepruneError: a model cannot be run, or the two have different vocabularies.
+    """
+    computed = getattr(torch, dtype)
+    restrictions = {
+        layer: Restriction(
+            tuple(e for e in range(edit.experts) if e in {*edit.keep, *edit.replaced})
+            if edit.replaced
+            else edit.keep,
+            constants.get(layer, {}),
+            edit.mask is not None,
+        )
+        for layer, edit in edits.items()
+    }
+    zeros = AlignedModel(result, computed, device)
+    first = RestrictedModel(original, restrictions, zeros, computed, device)
+    second = AlignedModel(result, computed, device)
+    sizes = [text_config(model.config).vocab_size for model in (first, second)]
+    if sizes[0] != sizes[1]:
+        raise MoepruneError(f"the vocabularies have {sizes[0]} and {sizes[1]} tokens")
+    ids_BL, kind = _token_ids(original, sizes[0])
+    batch = Batch(ids_BL, token_keys(ids_BL))
+    steps = len(first.layers)
+    outputs = []
+    for number, model in enumerate((first, second)):
+
+        def tell(done: int, _: int, offset: int = number * steps) -> None:
+            progress(offset + done, 2 * steps)
+
+        with Walk(model, [batch], progress=tell) as walk:
+            walk.layers()
+            outputs.append(walk.logits_of(0).float())
+    return _compare(outputs[0], outputs[1], dtype) | {"tokens": ids_BL.numel(), "text": kind}
+
+
+def _compare(reference_BLV: Tensor, logits_BLV: Tensor, dtype: str) -> dict[str, Any]:
+    largest = float(reference_BLV.abs().max())
+    tolerance = TOLERANCE[dtype] * largest
+    difference = float((reference_BLV - logits_BLV).abs().max())
+    finite = math.isfinite(difference) and math.isfinite(largest)
+    agree = (reference_BLV.argmax(-1) == logits_BLV.argmax(-1)).float().mean()
+    return {
+        "equal": bool(torch.equal(reference_BLV, logits_BLV)),
+        "difference": difference if finite else None,
+        "tolerance": tolerance if finite else None,
+        "agreement": float(agree),
+        "dtype": dtype,
+        "passed": finite and difference <= tolerance,
+    }
+
+
+def _token_ids(checkpoint: Checkpoint, vocabulary: int) -> tuple[Tensor, str]:
+    """Sequences of the embedded text, or of seeded random tokens where there is no tokenizer."""
+    try:
+        file = demo_text("heldout")["english"]
+        ids_BL = tokenise(load_tokenizer(checkpoint), "english", file, _LENGTH, _SEQUENCES).ids_NL
+        if int(ids_BL.max()) < vocabulary:
+            return ids_BL, "embedded text"
+    except DataError:
+        pass
+    generator = torch.Generator().manual_seed(0)
+    shape = (_SEQUENCES, _LENGTH)
+    return torch.randint(0, vocabulary, shape, generator=generator), "random tokens"

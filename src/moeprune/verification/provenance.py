@@ -1,0 +1,107 @@
+"""Rules about what a checkpoint says of its own making."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeprune.errors import PlanError
+from moeprune.files import sha256_bytes
+from moeprune.models.surgery import PLAN_COPY, PROVENANCE
+from moeprune.verification.edits import Edit, read_edits
+from moeprune.verification.finding import ERROR, WARNING, Finding, Found, Rule, Skip
+from moeprune.verification.subject import Subject, read_json
+
+_FORMAT = "moeprune.checkpoint/1"
+_AGAIN = "apply the plan to the original again"
+
+
+def _record(subject: Subject) -> dict[str, Any]:
+    if not (subject.path / PROVENANCE).is_file():
+        raise Skip(f"there is no {PROVENANCE}")
+    record = read_json(subject.path / PROVENANCE)
+    return record if isinstance(record, dict) else {}
+
+
+def record(subject: Subject) -> Found:
+    """moeprune.json: its format, its plan, its sizes."""
+    found = _record(subject)
+    if found.get("format") != _FORMAT:
+        problem = f"it is not JSON of format {_FORMAT}"
+        yield Finding("provenance", ERROR, PROVENANCE, None, problem, _AGAIN)
+        return
+    plan = subject.path / PLAN_COPY
+    if not plan.is_file():
+        problem = "the plan that it names is not there"
+        yield Finding("provenance", ERROR, PLAN_COPY, None, problem, _AGAIN)
+    elif sha256_bytes(plan.read_bytes()) != found.get("plan_sha256"):
+        problem = f"it is not the plan that {PROVENANCE} names: their SHA-256 differ"
+        yield Finding("provenance", ERROR, PLAN_COPY, None, problem, _AGAIN)
+    subject.require_all()
+    stored = {
+        "parameters": sum(info.numel for info in subject.tensors.values()),
+        "tensor_bytes": sum(info.nbytes for info in subject.tensors.values()),
+    }
+    for key, after in stored.items():
+        sizes = found.get(key)
+        if not isinstance(sizes, list) or sizes[1:] != [after]:
+            problem = f"{key} is {sizes}, but {after} are stored"
+            remedy = f"the weights were changed after they were written: {_AGAIN}"
+            yield Finding("provenance", WARNING, PROVENANCE, None, problem, remedy)
+
+
+def counts(subject: Subject) -> Found:
+    """The plan's counts against the experts that are stored."""
+    if not (subject.path / PLAN_COPY).is_file():
+        raise Skip(f"there is no {PLAN_COPY}")
+    try:
+        edits = read_edits(subject.path / PLAN_COPY)
+    except PlanError as error:
+        yield Finding("plan-counts", ERROR, PLAN_COPY, None, error.problem, _AGAIN)
+        return
+    subject.require_all()
+    most = max((len(edit.keep) for edit in edits.values()), default=0)
+    for layer, edit in sorted(edits.items()):
+        stored = _stored(subject, layer)
+        padded = stored == most and len(subject.pads(layer)) == most - len(edit.keep)
+        if stored is not None and stored != len(edit.keep) and not padded:
+            problem = (
+                f"layer {layer} keeps {len(edit.keep)} experts by the plan, {stored} are stored"
+            )
+            yield Finding("plan-counts", ERROR, PLAN_COPY, None, problem, _AGAIN)
+    yield from _novices(subject, edits)
+
+
+def _novices(subject: Subject, edits: Mapping[int, Edit]) -> Found:
+    planned = {str(layer): list(edit.replaced) for layer, edit in edits.items() if edit.replaced}
+    if planned != subject.novices:
+        wrong = sorted(
+            layer
+            for layer in {*planned, *subject.novices}
+            if planned.get(layer) != subject.novices.get(layer)
+        )
+        problem = f"layer {wrong[0]}: approximate_experts and the plan name different experts"
+        yield Finding("plan-counts", ERROR, PLAN_COPY, None, problem, _AGAIN)
+
+
+def _stored(subject: Subject, layer: int) -> int | None:
+    """Experts with weights in a layer; None where their number cannot be seen."""
+    for group in subject.decoder_groups:
+        if group.layer == layer:
+            return len(group.matrices)
+    try:
+        model = subject.model
+    except Skip:
+        return None
+    rows = [
+        info.shape[0]
+        for key, info in subject.tensors.items()
+        if subject.is_fused(key) and model.group(str(model.parameter(key))) == layer
+    ]
+    return min(rows, default=None)
+
+
+RULES = (
+    Rule("provenance", "moeprune.json names the plan and the sizes that are there", record),
+    Rule("plan-counts", "the plan keeps as many experts as are stored", counts),
+)
