@@ -196,7 +196,7 @@ class LayeredModel:
             ``conversion_errors`` by name.
         """
         tensors = self.checkpoint.tensors
-        names = [key for key, (name, _) in self._names.items() if name is not None]
+        names = [key for key, (name, _) in self._names.items() if name and key in tensors]
         config = LoadStateDictConfig(
             device_map={"": "meta"}, dtype=self.dtype, weight_mapping=self._mapping
         )
