@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,11 @@ def uneven(shape: LayerShape) -> LayerPlan:
     """Six or four experts stay, by turns."""
     count = 6 - 2 * (shape.layer % 2)
     return LayerPlan(shape.layer, shape.experts, some_experts(shape, count // shape.groups))
+
+
+def uneven_masked(shape: LayerShape) -> LayerPlan:
+    """Both."""
+    return replace(uneven(shape), mask=MaskEdit(0.5, None, shape.roles))
 
 
 def applied(

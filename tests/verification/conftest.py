@@ -20,6 +20,7 @@ from bases import (
     save_with_head,
     save_without_head,
     uneven,
+    uneven_masked,
 )
 
 from families import save_tiny
@@ -33,7 +34,7 @@ SPECIAL: dict[str, Callable[[Path], Path]] = {
 }
 EDITS = {
     "deleted": deleted, "replaced": replaced, "masked": masked, "masked-2-of-4": masked_2_of_4,
-    "uneven": uneven, "padded": uneven,
+    "uneven": uneven, "padded": uneven, "padded-masked": uneven_masked,
 }  # fmt: skip
 
 
@@ -47,7 +48,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
             directory = tmp_path_factory.mktemp("base") / "checkpoint"
             source, _, edit = name.partition("/")
             if edit:
-                saved[name] = applied(get(source), directory, EDITS[edit], edit == "padded")
+                saved[name] = applied(
+                    get(source), directory, EDITS[edit], edit.startswith("padded")
+                )
             elif source in SPECIAL:
                 saved[name] = SPECIAL[source](directory)
             else:

@@ -65,9 +65,10 @@ def test_deletion_in_every_family(base: Base, family: str) -> None:
 
 
 @pytest.mark.parametrize("planned", [True, False], ids=["plan", "no plan"])
+@pytest.mark.parametrize("edit", ["padded", "padded-masked"])
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
-def test_padding(copy: Base, base: Base, family: str, planned: bool) -> None:
-    directory = copy(f"{family}/padded")
+def test_padding(copy: Base, base: Base, family: str, edit: str, planned: bool) -> None:
+    directory = copy(f"{family}/{edit}")
     if not planned:
         (directory / PLAN).unlink()
         (directory / "moeprune.json").unlink()

@@ -287,6 +287,10 @@ DAMAGES = (
         edit_config(per_layer_config=PER_LAYER), "layers.1.",
     ),
     Damage(
+        "more experts in blocks than said", "mxfp4", "expert-count",
+        edit_config(num_local_experts=6), "_blocks",
+    ),
+    Damage(
         "a router that was not cut", "mixtral", "router-rows",
         in_order(experts_cut(6), edit_config(num_local_experts=6)), "gate.weight",
     ),

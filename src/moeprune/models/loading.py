@@ -136,13 +136,6 @@ class LayeredModel:
         part = self.quantisation.parts.get(key)
         return self.target(key if part is None else part.name)[0] is not None
 
-    def parameter(self, key: str) -> str | None:
-        """The parameter that the values on disk become (part of); None for scales and others."""
-        part = self.quantisation.parts.get(key)
-        if part is not None and key != part.stored:
-            return None
-        return self.target(key if part is None else part.name)[0]
-
     def disk_name(self, name: str) -> str:
         """The name on disk of a parameter that is stored as it is."""
         [found] = revert_weight_conversion(self.model, {name: torch.empty(0)})

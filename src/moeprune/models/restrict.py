@@ -20,8 +20,8 @@ from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.sites import MoESite, is_experts
-from moeprune.models.special import flat_matrices
-from moeprune.models.uneven_runtime import recount
+from moeprune.models.special import flat_matrices, matrix_role, stacked
+from moeprune.models.uneven_runtime import COUNTS, recount
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Restriction:
     Attributes:
         keep: experts that the router selects among, in the order of the result.
         constants: by id, what an expert returns for every token [H].
-        masked: whether weights are zeroed where the model under test has zeros.
+        zeros: by id, the row of the model under test whose zeros an expert takes.
     """
 
     keep: tuple[int, ...]
     constants: Mapping[int, Tensor] = field(default_factory=dict)
-    masked: bool = False
+    zeros: Mapping[int, int] = field(default_factory=dict)
 
 
 class AlignedModel(LayeredModel):
@@ -64,7 +64,7 @@ class RestrictedModel(AlignedModel):
     Args:
         checkpoint: the original.
         restrictions: by layer.
-        zeros: the model whose zeros are copied where a restriction is ``masked``.
+        zeros: the model under test.
         dtype, device: as in ``LayeredModel``.
     """
 
@@ -91,10 +91,10 @@ class RestrictedModel(AlignedModel):
             self._slice(site, restriction.keep)
         if restriction.constants:
             _replace_outputs(site.experts, restriction.constants, self.device)
-        if restriction.masked and self._zeros is not None:
+        if restriction.zeros and self._zeros is not None:
             self._zeros.load_layer(index)
-            kept = [e for e in restriction.keep if e not in restriction.constants]
-            _copy_zeros(self._zeros.sites[index].experts, site.experts, kept)
+            source = self._zeros.sites[index].experts
+            _copy_zeros(source, site.experts, restriction.zeros, restriction.keep)
             self._zeros.free_layer(index)
 
     def _slice(self, site: MoESite, keep: Sequence[int]) -> None:
@@ -106,14 +106,13 @@ class RestrictedModel(AlignedModel):
             rows = torch.cat((ids, torch.arange(E, tensor.size, device=self.device)))
             sizes[tensor.size] = len(rows)  # rows beyond the experts' stay
             _set(module, name, getattr(module, name).index_select(tensor.dim, rows))
-        for name, parameter in list(site.experts.named_parameters()):
-            if name in flat_matrices(site.experts):
-                owner, _, last = name.rpartition(".")
-                matrices = parameter.view(E, -1, parameter.shape[-1])
-                _set(site.experts.get_submodule(owner), last, matrices[ids].flatten(0, 1))
-            elif "." in name:
-                continue  # a norm inside, shared by all
-            elif parameter.shape[0] in sizes:
+        for path in flat_matrices(site.experts):
+            owner, _, name = path.rpartition(".")
+            module = site.experts.get_submodule(owner)
+            flat = module.get_parameter(name)
+            _set(module, name, flat.view(E, -1, flat.shape[-1])[ids].flatten(0, 1))
+        for name, parameter in list(site.experts.named_parameters(recurse=False)):
+            if parameter.shape[0] in sizes:
                 rows = torch.cat((ids, torch.arange(E, len(parameter), device=self.device)))
                 _set(site.experts, name, parameter.index_select(0, rows))
         for name, table_VK in list(site.router.named_buffers(recurse=False)):
@@ -122,9 +121,18 @@ class RestrictedModel(AlignedModel):
         inside = (site.experts_name, *(tensor.name for tensor in site.router_tensors))
         for path, module in self.layers[site.shape.layer].named_modules():
             full = f"{self.prefix}.{site.shape.layer}.{path}"
-            if path and any(name == full or name.startswith(f"{full}.") for name in inside):
-                recount(module, sizes)
+            around = any(name == full or name.startswith(f"{full}.") for name in inside)
+            if path and (around or full.startswith(f"{site.experts_name}.")):
+                _recount(module, sizes)
                 _recount_config(module, E, len(keep))
+
+
+def _recount(module: nn.Module, sizes: Mapping[int, int]) -> None:
+    recount(module, sizes)
+    for name in quirks.EXPERT_COUNT_KEYS:
+        value = vars(module).get(name)
+        if isinstance(value, int) and value in sizes and not COUNTS.fullmatch(name):
+            setattr(module, name, sizes[value])
 
 
 def _recount_config(module: Any, before: int, after: int) -> None:
@@ -162,10 +170,14 @@ def _replace_outputs(experts: Any, constants: Mapping[int, Tensor], device: torc
     experts.forward = forward
 
 
-def _copy_zeros(source: nn.Module, target: nn.Module, kept: Sequence[int]) -> None:
-    """Zero what is zero in ``source``, whose experts are the ``kept`` ones of ``target``."""
-    for name, parameter in target.named_parameters(recurse=False):
-        pattern = source.get_parameter(name)
-        rows = range(len(parameter)) if len(pattern) == len(parameter) else kept
-        for row, expert in enumerate(rows):
-            parameter.data[expert].masked_fill_(pattern[row] == 0, 0)
+def _copy_zeros(
+    source: nn.Module, target: nn.Module, rows: Mapping[int, int], keep: Sequence[int]
+) -> None:
+    """Zero in the experts of ``target`` what is zero in their rows of ``source``."""
+    for name, parameter in target.named_parameters():
+        if matrix_role(target, name) is None:
+            continue
+        pattern_EOI = stacked(source, name, source.get_parameter(name).data)
+        values_EOI = stacked(target, name, parameter.data)
+        for expert, row in rows.items():
+            values_EOI[keep.index(expert)].masked_fill_(pattern_EOI[row] == 0, 0)

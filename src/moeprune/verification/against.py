@@ -211,17 +211,18 @@ def _mask_problem(now_OI: Tensor, before_OI: Tensor, mask: Mask) -> str:
 def logits(subject: Subject) -> Found:
     """Both models on the same text."""
     reference, edits = _reference(subject)
-    constant = {layer: stored_constants(subject, layer) for layer, e in edits.items() if e.replaced}
-    for layer, found in constant.items():
-        lost = sorted(set(edits[layer].replaced) - set(found))
+    restrictions = {}
+    for layer, edit in edits.items():
+        found = {e: value for e, (_, value) in stored_constants(subject, layer).items()}
+        lost = sorted(set(edit.replaced) - set(found))
         if lost:
             raise Skip(f"the constant of expert {lost[0]} in layer {layer} is not stored")
+        restrictions[layer] = reference.restriction(layer, found)
     try:
         result = compare_logits(
             AsFound(subject.path),
             reference.checkpoint,
-            edits,
-            {layer: {e: v for e, (_, v) in found.items()} for layer, found in constant.items()},
+            restrictions,
             reference.dtype,
             reference.device,
             lambda done, total: subject.progress("comparing logits", done, total),

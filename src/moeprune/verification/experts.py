@@ -180,7 +180,7 @@ def zero_experts(subject: Subject) -> Found:
             yield _zero(subject, zero[expert], expert)
     for key, scan in scans.items():
         if scan.zero_rows and subject.is_fused(key):
-            pads = subject.pads(subject.model.group(str(subject.model.parameter(key))))
+            pads = subject.pads(subject.model.group(str(subject.target(key))))
             for expert in sorted(set(scan.zero_rows) - pads):
                 yield _zero(subject, key, expert)
 

@@ -15,7 +15,6 @@ from moeprune.models.data import demo_text, load_tokenizer, token_keys, tokenise
 from moeprune.models.native import text_config
 from moeprune.models.restrict import AlignedModel, RestrictedModel, Restriction
 from moeprune.models.walk import Batch, Walk
-from moeprune.verification.edits import Edit
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference of a logit, as a fraction of the largest logit, by the type computed in.
@@ -30,8 +29,7 @@ _SEQUENCES, _LENGTH = 4, 48
 def compare_logits(
     result: Checkpoint,
     original: Checkpoint,
-    edits: Mapping[int, Edit],
-    constants: Mapping[int, Mapping[int, Tensor]],
+    restrictions: Mapping[int, Restriction],
     dtype: str = "float32",
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -41,8 +39,7 @@ def compare_logits(
     Args:
         result: the compressed checkpoint.
         original: what it was made from.
-        edits: what was done, by layer.
-        constants: by layer and expert, what a replaced expert returns [H].
+        restrictions: what the original's layers are restricted to.
         dtype: to compute in, one of ``TOLERANCE``.
         device: to compute on.
         progress: told (steps done, steps in all).
@@ -51,16 +48,6 @@ def compare_logits(
         MoepruneError: a model cannot be run, or the two have different vocabularies.
     """
     computed = getattr(torch, dtype)
-    restrictions = {
-        layer: Restriction(
-            tuple(e for e in range(edit.experts) if e in {*edit.keep, *edit.replaced})
-            if edit.replaced
-            else edit.keep,
-            constants.get(layer, {}),
-            edit.mask is not None,
-        )
-        for layer, edit in edits.items()
-    }
     zeros = AlignedModel(result, computed, device)
     first = RestrictedModel(original, restrictions, zeros, computed, device)
     second = AlignedModel(result, computed, device)

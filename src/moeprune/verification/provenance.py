@@ -96,7 +96,7 @@ def _stored(subject: Subject, layer: int) -> int | None:
     rows = [
         info.shape[0]
         for key, info in subject.tensors.items()
-        if subject.is_fused(key) and model.group(str(model.parameter(key))) == layer
+        if subject.is_fused(key) and model.group(str(subject.target(key))) == layer
     ]
     return min(rows, default=None)
 

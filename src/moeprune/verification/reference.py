@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from moeprune.core.plan import Plan
 from moeprune.core.shapes import ROLES
 from moeprune.errors import PlanError
@@ -14,6 +16,7 @@ from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.counts import Slots, padded_slots
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
+from moeprune.models.restrict import Restriction
 from moeprune.models.scan import digest
 from moeprune.models.store import read_plan
 from moeprune.models.surgery import PLAN_COPY
@@ -225,6 +228,18 @@ class Reference:
         if stored <= len(keep) or not self.subject.pads(layer):
             return keep
         return padded_slots(keep, shape, stored)
+
+    def restriction(self, layer: int, constants: Mapping[int, Tensor]) -> Restriction:
+        """What a layer of the original is restricted to, to compute what the result should."""
+        edit = self.edits[layer]
+        if edit.replaced:
+            rows = {expert: row for row, expert in enumerate(edit.keep)}
+            keep, constants = tuple(range(edit.experts)), {e: constants[e] for e in edit.replaced}
+        else:
+            slots = self._slots(layer, edit)
+            rows = {expert: slots.index(expert) for expert in edit.keep}
+            keep, constants = edit.keep, {}
+        return Restriction(keep, constants, rows if edit.mask is not None else {})
 
 
 def _masked(edit: Edit, tensor: DiskTensor) -> Edit | None:

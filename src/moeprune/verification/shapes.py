@@ -15,7 +15,7 @@ from moeprune.models.scan import digest
 from moeprune.models.writer import copied
 from moeprune.verification.experts import troubled
 from moeprune.verification.finding import ERROR, WARNING, Finding, Found, Rule, Skip
-from moeprune.verification.subject import COMPANIONS, CONFIG, AsFound, Subject
+from moeprune.verification.subject import COMPANIONS, CONFIG, AsFound, Subject, layer_in_name
 
 _TOGETHER = "config.json and the weights do not belong together: copy or write both again"
 
@@ -78,7 +78,7 @@ def _fit(subject: Subject) -> Fit | Exception:
         return error
     sources: dict[str, str] = {}
     for key in subject.tensors:
-        name = model.parameter(key)
+        name = subject.target(key)
         if name is not None:
             sources.setdefault(name, key)
     misfits = []
@@ -134,6 +134,14 @@ def expert_count(subject: Subject) -> Found:
             key = min(group.matrices[max(group.matrices)].values()) if group.matrices else ""
             problem = f"layer {group.layer} has {len(there)} experts, config.json says {expected}"
             yield subject.at("expert-count", ERROR, key, problem, _count_remedy(subject))
+    for key, info in subject.tensors.items():
+        layer = layer_in_name(key)
+        if key.endswith(("_blocks", "_scales")) and ".experts." in key and info.shape:
+            expected = subject.experts(layer)
+            if info.shape[0] != expected and layer not in layers and not subject.attached(key):
+                layers.add(layer)
+                problem = f"layer {layer} has {info.shape[0]} experts, config.json says {expected}"
+                yield subject.at("expert-count", ERROR, key, problem, _count_remedy(subject))
     for misfit in fit(subject).misfits:
         if misfit.kind == "count" and misfit.layer not in layers:
             problem = (
@@ -182,11 +190,12 @@ def missing(subject: Subject) -> Found:
     subject.require_all()
     skip = troubled(subject)
     head = _head(subject.model)
+    quantised = {subject.target(key) for key in subject.tensors if key.endswith(COMPANIONS)}
     for name in fit(subject).missing:
         in_experts = _kind(subject.model, name, (), ()) == "expert"
         if name == head or (in_experts and subject.model.group(name) in skip):
             continue
-        if any(f"{name}{ending}" in subject.tensors for ending in COMPANIONS):
+        if name in quantised:
             continue  # stored in quantised form
         problem = "the model needs it: transformers would fill it with random numbers"
         remedy = "copy it from the original"
@@ -198,7 +207,7 @@ def unused(subject: Subject) -> Found:
     model = subject.model
     ignored = [*(model.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
     for key in subject.tensors:
-        if model.uses(key) or subject.attached(key) or key.endswith(COMPANIONS):
+        if subject.target(key) is not None or subject.attached(key) or key.endswith(COMPANIONS):
             continue
         if key.endswith((".approx_value", ".novice_value")):
             continue  # the rule 'novices' knows more
@@ -218,7 +227,7 @@ def tied(subject: Subject) -> Found:
     """Embeddings and head: one matrix or two."""
     subject.require_all()
     model = subject.model
-    sources = {model.parameter(key): key for key in subject.tensors}
+    sources = {subject.target(key): key for key in subject.tensors}
     for target, source in sorted(model.model.all_tied_weights_keys.items()):
         keys = [sources[name] for name in (target, source) if name in sources]
         if not keys:

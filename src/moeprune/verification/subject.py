@@ -28,6 +28,8 @@ SINGLE = "model.safetensors"
 LAYER_COUNT_KEYS = ("num_hidden_layers", "num_layers", "n_layers")
 COMPANIONS = ("_scale_inv", "_scale", "_scales", "_blocks", "_packed", "_zero_point", "_g_idx")
 """Endings of tensors that stand beside a quantised weight, or for it."""
+DECODED = ("fp8", "mxfp4")
+"""Quantisations whose tensors have shapes from which those of the weights can be told."""
 
 _EXPERT = re.compile(r"(?P<head>(?:.*\.)?experts\.)(?P<expert>\d+)\.(?P<tail>.+)")
 _NOVICE = "approx_value"
@@ -319,6 +321,8 @@ class Subject:
     def model(self) -> LayeredModel:
         """The model on the meta device; its weights are never read."""
         _ = self.config, self.tensors
+        if self.quantised not in (None, *DECODED):
+            raise Skip(f"weights are quantised as {self.quantised}: shapes say too little")
         if isinstance(self._model, Exception):
             raise Skip(f"the model cannot be built: {first_line(self._model)}")
         return self._model
@@ -339,15 +343,26 @@ class Subject:
         found = set()
         for key, info in self.tensors.items():
             is_vector = max(info.shape, default=0) == info.numel
-            if model.parameter(key) in biases and info.dtype in FLOAT_DTYPES and is_vector:
+            if self.target(key) in biases and info.dtype in FLOAT_DTYPES and is_vector:
                 values = AsFound(self.path).read(key).flatten().double()
                 found |= set(torch.nonzero(values < _RULED_OUT).flatten().tolist())
         return found
 
     @property
-    def quantised(self) -> bool:
-        """Whether the configuration says that weights are quantised."""
-        return isinstance(self.config.get("quantization_config"), dict)
+    def quantised(self) -> str | None:
+        """How the configuration says that weights are quantised."""
+        entry = self.config.get("quantization_config")
+        return str(entry.get("quant_method")) if isinstance(entry, dict) else None
+
+    def target(self, key: str) -> str | None:
+        """The parameter that a tensor becomes (part of); of a scale, that of its weight."""
+        names = [key, *(key.removesuffix(e) for e in COMPANIONS if key.endswith(e))]
+        for name in names:
+            try:
+                return self.model.target(name)[0]
+            except KeyError:  # a quantised model goes by the names of whole weights
+                continue
+        return None
 
     # --- values
 
@@ -386,7 +401,7 @@ class Subject:
             for key, info in self.tensors.items()
             if len(info.shape) == 3
             and not _EXPERT.fullmatch(key)
-            and any(str(model.parameter(key)).startswith(name) for name in names)
+            and any(str(self.target(key)).startswith(name) for name in names)
         }
 
 
