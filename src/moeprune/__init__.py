@@ -29,7 +29,7 @@ _HOME = {
     "MoepruneError": "moeprune.errors",
     "Plan": "moeprune.core.plan",
     "Text": "moeprune.pipeline.inputs",
-    "Writing": "moeprune.models.surgery",
+    "Writing": "moeprune.models.editing",
     "apply": "moeprune.pipeline.stages",
     "calibrate": "moeprune.pipeline.calibration",
     "evaluate": "moeprune.pipeline.stages",
@@ -74,9 +74,9 @@ if TYPE_CHECKING:
     from moeprune.core.method import Method, register
     from moeprune.core.plan import LayerPlan, MaskEdit, Plan
     from moeprune.errors import MoepruneError
+    from moeprune.models.editing import Writing
     from moeprune.models.runtime import load
     from moeprune.models.store import merge_statistics, read_plan, write_plan
-    from moeprune.models.surgery import Writing
     from moeprune.pipeline.calibration import calibrate
     from moeprune.pipeline.inputs import Compute, Text
     from moeprune.pipeline.inspection import inspect

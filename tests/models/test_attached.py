@@ -23,9 +23,10 @@ from moeprune.errors import MoepruneError, PlanError, UnsupportedModelError
 from moeprune.models import quirks
 from moeprune.models.attached import DROP, check_equal_counts, find_attached, without_heads
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.editing import Sizes, Writing
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.surgery import PROVENANCE, Sizes, Writing, apply_plan
+from moeprune.models.surgery import PROVENANCE, apply_plan
 from moeprune.models.walk import Batch, Walk
 from moeprune.pipeline.inspection import inspect
 from support import aligned, logits, plan_for, some_experts, tensor_digests, without

@@ -28,10 +28,11 @@ from moeprune.methods.moeits import MoEITS
 from moeprune.models import quantised
 from moeprune.models.byte_exact import renumbered
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.editing import Writing
 from moeprune.models.layout import DiskExperts, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.quantised import Quantisation, decode_fp8, decode_mxfp4
-from moeprune.models.surgery import PROVENANCE, Writing, apply_plan
+from moeprune.models.surgery import PROVENANCE, apply_plan
 from moeprune.models.walk import Batch, Walk
 from moeprune.pipeline.inspection import inspect
 from moeprune.pipeline.planning import plan as make_plan

@@ -21,10 +21,11 @@ from moeprune.core.shapes import LayerShape
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.models import quirks, runtime
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.editing import Sizes
 from moeprune.models.generated import MODELING_FILE, NOVICE_FILE
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.surgery import Sizes, apply_plan
+from moeprune.models.surgery import apply_plan
 from moeprune.models.walk import Batch, Walk
 from support import (
     aligned,

@@ -21,9 +21,11 @@ from moeprune.core.shapes import LayerShape
 from moeprune.errors import CheckpointError, OutputError, PlanError, UnsupportedModelError
 from moeprune.models import quirks, surgery, writer
 from moeprune.models.checkpoint import INDEX, Checkpoint
+from moeprune.models.checks import check_plan
 from moeprune.models.layout import DiskExperts, expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.surgery import PLAN_COPY, PROVENANCE, apply_plan, check_plan, mask_in_memory
+from moeprune.models.masking import mask_in_memory
+from moeprune.models.surgery import PLAN_COPY, PROVENANCE, apply_plan
 from support import (
     expert_count,
     experts_masked,

@@ -20,10 +20,11 @@ from moeprune.core.shapes import LayerShape
 from moeprune.errors import PlanError, UnsupportedModelError
 from moeprune.models import quirks, runtime
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.editing import Writing
 from moeprune.models.generated import CODE_FILES, MODELING_FILE, UNEVEN_FILE
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.surgery import Writing, apply_plan
+from moeprune.models.surgery import apply_plan
 from moeprune.models.walk import Batch, Walk
 from support import (
     aligned,

@@ -16,8 +16,9 @@ from families import save_tiny
 from moeprune.core.plan import LayerPlan, MaskEdit
 from moeprune.core.shapes import LayerShape
 from moeprune.models.checkpoint import INDEX, Checkpoint
+from moeprune.models.editing import Writing
 from moeprune.models.loading import LayeredModel
-from moeprune.models.surgery import Writing, apply_plan
+from moeprune.models.surgery import apply_plan
 from support import generator, plan_for, some_experts, without
 
 Base = Callable[[str], Path]

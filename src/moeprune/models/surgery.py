@@ -6,114 +6,33 @@ Everything is validated before the first byte is written.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moeprune.core.budget import least_kept
-from moeprune.core.ops.masks import nm_keep_mask, prune_count, row_keep_mask
-from moeprune.core.ops.tables import redirect_table
-from moeprune.core.plan import LayerPlan, MaskEdit, Plan
-from moeprune.core.shapes import LayerShape
-from moeprune.errors import CheckpointError, PlanError, UnsupportedModelError
+from moeprune.core.plan import Plan
+from moeprune.errors import UnsupportedModelError
 from moeprune.files import json_bytes, new_directory, sha256_bytes
-from moeprune.models import quirks
 from moeprune.models.attached import (
-    KEEP_PRUNED,
-    Attached,
-    check_choice,
     check_equal_counts,
     find_attached,
-    without_heads,
 )
 from moeprune.models.byte_exact import (
-    kept_by_module,
     refuse_changes,
     refuse_dequantize,
-    renumbered,
 )
 from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.counts import (
-    PAD_BIAS,
-    Slots,
-    kept_counts,
-    padded_slots,
-    refuse_uneven,
-    set_counts,
-)
+from moeprune.models.checks import check_plan
+from moeprune.models.editing import Editor, Sizes, Writing
 from moeprune.models.generated import (
     CODE_FILES,
-    GeneratedCode,
-    novice_code,
-    set_code,
-    uneven_code,
 )
-from moeprune.models.layout import DiskTensor, expert_layout
+from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.native import auto_classes, native_class, text_config
-from moeprune.models.quantised import (
-    bf16_piece,
-    parameters,
-    parameters_of,
-    read,
-    with_description,
-    without_description,
-)
-from moeprune.models.sites import MoESite, resize_facts
-from moeprune.models.special import matrix_role, stacked
-from moeprune.models.writer import Piece, computed, copied, given, sliced, write_shards, zeros
+from moeprune.models.writer import write_shards
 
 PROVENANCE = "moeprune.json"
 PLAN_COPY = "moeprune_plan.json"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What an edit did to the size of a model.
-
-    Attributes:
-        experts: experts with weights, over all MoE layers, before and after.
-        parameters: values in all tensors, before and after.
-        nonzero: the same without the weights that a mask zeroes.
-        bytes: of all tensors, before and after.
-        attached: what was done to how many tensors of heads that transformers does not load
-            (see ``models.attached``); empty if there are none.
-    """
-
-    experts: tuple[int, int]
-    parameters: tuple[int, int]
-    nonzero: tuple[int, int]
-    bytes: tuple[int, int]
-    attached: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Writing:
-    """How a plan is written, where the plan leaves a choice.
-
-    Attributes:
-        pad: fill layers that keep fewer experts than others with pads that are never chosen, so
-            that stock classes open the result; refused where that would not be exact.
-        mtp: what happens to attached prediction layers, which transformers does not load: they
-            are pruned like the nearest layer (``keep-pruned``) or left out (``drop``). A plan that
-            deletes no expert leaves routers and counts as they are; heads are then copied whole.
-        dequantize: quantised weights become bf16, all together, instead of keeping their bytes.
-
-    Raises:
-        MoepruneError: ``mtp`` is neither.
-    """
-
-    pad: bool = False
-    mtp: str = KEEP_PRUNED
-    dequantize: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice(self.mtp)
 
 
 def apply_plan(
@@ -154,9 +73,9 @@ def apply_plan(
     deletes = any(layer.dropped for layer in plan.layers.values())
     attached = find_attached(model, layout, writing.mtp, deletes)
     check_equal_counts(plan, {i: site.shape for i, site in model.sites.items()}, attached)
-    surgeon = _Surgeon(model, plan, layout, attached, writing)
-    pieces = surgeon.pieces()
-    config = surgeon.config()
+    editor = Editor(model, plan, layout, attached, writing)
+    pieces = editor.pieces()
+    config = editor.config()
     with new_directory(out, force) as work:
         write_shards(work, pieces, progress=progress)
         # raw JSON, edited: vendors' own key names stay
@@ -164,14 +83,14 @@ def apply_plan(
         for file in checkpoint.other_files():
             if file.name not in (PROVENANCE, PLAN_COPY, *CODE_FILES):
                 (work / file.name).write_bytes(file.read_bytes())
-        if surgeon.code is not None:
-            for name, text in surgeon.code.files.items():
+        if editor.code is not None:
+            for name, text in editor.code.files.items():
                 (work / name).write_text(text, encoding="utf-8")
-        sizes = surgeon.sizes(pieces)
+        sizes = editor.sizes(pieces)
         plan_bytes = json_bytes(plan.to_json(None))
         (work / PLAN_COPY).write_bytes(plan_bytes)
         (work / PROVENANCE).write_bytes(
-            json_bytes(_provenance(checkpoint, plan, plan_bytes, sizes, surgeon.dequantized))
+            json_bytes(_provenance(checkpoint, plan, plan_bytes, sizes, editor.dequantized))
         )
     return sizes
 
@@ -197,313 +116,3 @@ def _provenance(
         "dequantized_from": dequantized,
         "attached": dict(sizes.attached),
     }
-
-
-def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
-    """Raise ``PlanError`` unless ``plan`` was made for this model and can be carried out on it."""
-    fingerprint = plan.model.get("fingerprint")
-    if fingerprint != model.checkpoint.fingerprint:
-        raise PlanError(
-            f"the plan was made for another model ({plan.model.get('name')}, "
-            f"fingerprint {str(fingerprint)[:12]}) than {model.checkpoint.path.name} "
-            f"({model.checkpoint.fingerprint[:12]})",
-            "plan again for this model, or give the model that the plan names",
-        )
-    shapes = {index: site.shape for index, site in model.sites.items()}
-    plan.check(shapes)
-    check_novices(model, plan.layers)
-    for index, shape in shapes.items():
-        layer = plan.layers.get(index)
-        if layer is not None and layer.replaced and not layer.keep:
-            raise PlanError(
-                f"plan, layer {index}: all experts are replaced by constants",
-                "keep the weights of at least one expert in every layer",
-            )
-        if layer is not None and layer.dropped:
-            _check_router(layer, shape)
-    refuse_uneven(model, kept_counts(shapes, plan), pad)
-
-
-def check_novices(model: LayeredModel, layers: Mapping[int, LayerPlan]) -> None:
-    """Raise ``UnsupportedModelError`` if experts of this family cannot become constants."""
-    kind = text_config(model.config).model_type
-    reason = quirks.NOVICES_REFUSED.get(kind)
-    if reason is not None and any(layer.replaced for layer in layers.values()):
-        raise UnsupportedModelError(
-            f"experts of {kind} cannot be replaced by constants: {reason}",
-            "delete experts instead (moeits), or zero weights (moe-pruner)",
-        )
-
-
-def _check_router(layer: LayerPlan, shape: LayerShape) -> None:
-    where = f"plan, layer {layer.layer}"
-    if layer.replaced:
-        raise PlanError(f"{where}: deleting and replacing experts cannot be mixed")
-    remain, least = len(layer.keep), least_kept(shape)
-    if remain < least:
-        raise PlanError(f"{where}: {remain} experts remain, its router needs {least}")
-    per_group = [sum(shape.group_of(e) == g for e in layer.keep) for g in range(shape.groups)]
-    if len(set(per_group)) > 1:
-        raise PlanError(
-            f"{where}: {per_group} experts remain in the {shape.groups} routing groups",
-            "keep the same number in every group",
-        )
-
-
-class _Surgeon:
-    """Turns a validated plan into pieces, config and code of the new checkpoint."""
-
-    def __init__(
-        self,
-        model: LayeredModel,
-        plan: Plan,
-        layout: Mapping[str, DiskTensor],
-        attached: Attached,
-        writing: Writing,
-    ) -> None:
-        self.model, self.plan, self.layout, self.attached = model, plan, layout, attached
-        self.checkpoint, self.quantisation = model.checkpoint, model.quantisation
-        self.dequantized = self.quantisation.method if writing.dequantize else None
-        self.novices = any(layer.replaced for layer in plan.layers.values())
-        shapes = {index: site.shape for index, site in model.sites.items()}
-        self.counts = kept_counts(shapes, plan)
-        if writing.pad:
-            self.counts = dict.fromkeys(self.counts, max(self.counts.values()))
-        self._slots = {
-            index: padded_slots(layer.keep, shapes[index], self.counts[index])
-            for index, layer in plan.layers.items()
-            if not layer.replaced  # novices leave every expert its id
-        }
-        self._zeroed = 0
-
-    def pieces(self) -> list[Piece]:
-        """All tensors of the new checkpoint, in the order of the old one."""
-        found: list[Piece] = []
-        with_novices: set[int] = set()
-        for key in self.checkpoint.tensors:
-            if self.dequantized and self.quantisation.is_scale(key):
-                continue
-            if key in self.attached.keys:
-                found += self._of_head(key)
-                continue
-            tensor = self.layout.get(key)
-            layer = None if tensor is None else self.plan.layers.get(tensor.layer)
-            if tensor is None or layer is None:
-                found.append(self._copied(key))
-                continue
-            if layer.replaced and tensor.layer not in with_novices and tensor.role == "down":
-                with_novices.add(tensor.layer)
-                found += self._novices(layer, tensor)
-            found += self._edited(key, tensor, layer)
-        return found
-
-    def _of_head(self, key: str) -> list[Piece]:
-        if self.attached.dropped:
-            return []
-        tensor = self.attached.tensors.get(key)
-        layer = None if tensor is None else self.plan.layers.get(tensor.layer)
-        if tensor is None or layer is None:
-            return [self._copied(key)]
-        return self._edited(key, tensor, replace(layer, mask=None))  # a head was not observed
-
-    def _edited(self, key: str, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
-        info = self.checkpoint.tensors[key]
-        slots = self._slots.get(layer.layer)
-        if tensor.role == "router":
-            if slots is None:
-                return [self._copied(key)]
-            # rows beyond E are not experts' (shared, zero or skip classes): they stay
-            extra = range(layer.experts, info.shape[tensor.dim])
-            fill = 0.0 if info.numel != info.shape[tensor.dim] else PAD_BIAS
-            return [self._sliced(tensor, [*slots, *extra], fill)]
-        if tensor.role == "table":
-            return [self._table(key, layer) if layer.dropped else copied(key, info)]
-        if tensor.expert is not None:
-            return self._numbered(tensor, layer)
-        slots = layer.keep if slots is None else slots
-        return [self._masked(self._sliced(tensor, slots), tensor, layer, slots)]
-
-    def _numbered(self, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
-        """A tensor of one expert under its new number, and after the first kept one the pads."""
-        assert tensor.expert is not None
-        if tensor.expert in (*layer.dropped, *layer.replaced):
-            return []
-        slots = self._slots.get(layer.layer, tuple(range(layer.experts)))
-        # ids from E on are identity experts, which stay behind the others
-        beyond = tensor.expert - layer.experts
-        number = len(slots) + beyond if beyond >= 0 else slots.index(tensor.expert)
-        piece = self._copied(tensor.key, tensor.renamed(number))
-        found = [self._masked(piece, tensor, layer, (tensor.expert,))]
-        if tensor.expert == layer.keep[0]:
-            pads = [number for number, expert in enumerate(slots) if expert is None]
-            found += [zeros(self._copied(tensor.key, tensor.renamed(number))) for number in pads]
-        return found
-
-    def _table(self, key: str, layer: LayerPlan) -> Piece:
-        def make() -> Tensor:
-            table_VK = self.checkpoint.read(key)
-            try:
-                return redirect_table(table_VK, layer.keep, layer.experts)
-            except ValueError as error:
-                raise CheckpointError(f"{key}: {error}") from error
-
-        return computed(copied(key, self.checkpoint.tensors[key]), make)
-
-    def _copied(self, key: str, name: str | None = None) -> Piece:
-        """A tensor under another name: the same bytes, or what they stand for."""
-        weight = self.quantisation.parts.get(key) if self.dequantized else None
-        if weight is None:
-            return copied(name or key, self.checkpoint.tensors[key])
-        return bf16_piece(weight.plain(name or key), self.checkpoint, weight)
-
-    def _sliced(self, tensor: DiskTensor, slots: Sequence[int | None], fill: float = 0.0) -> Piece:
-        """Some experts of a fused tensor or a router: the same bytes, or what they stand for."""
-        weight = self.quantisation.parts.get(tensor.key) if self.dequantized else None
-        if weight is not None:
-            return bf16_piece(weight.name, self.checkpoint, weight, slots)
-        info = self.checkpoint.tensors[tensor.key]
-        return sliced(tensor.key, info, tensor.dim, slots, tensor.rows, fill)
-
-    def _novices(self, layer: LayerPlan, tensor: DiskTensor) -> list[Piece]:
-        assert layer.novices_NH is not None
-        dtype = _TORCH_DTYPES.get(self.checkpoint.tensors[tensor.key].dtype, torch.bfloat16)
-        values = layer.novices_NH.to(dtype)
-        if tensor.expert is None:
-            name = self.model.sites[layer.layer].experts_name + ".novice_value"
-            return [given(self.model.disk_name(name), values)]
-        return [
-            given(f"{tensor.experts_prefix}{expert}.approx_value", values[row].clone())
-            for row, expert in enumerate(layer.replaced)
-        ]
-
-    def _masked(self, piece: Piece, tensor: DiskTensor, layer: LayerPlan, slots: Slots) -> Piece:
-        mask = layer.mask
-        if mask is None or not _is_masked(mask, tensor.role):
-            return piece
-        if piece.dtype not in _TORCH_DTYPES:
-            raise UnsupportedModelError(
-                f"{tensor.key} is stored as {piece.dtype}; "
-                "weights can be masked in floating point only"
-            )
-
-        def make() -> Tensor:
-            weight = self._values(tensor)
-            if tensor.rows > 1:
-                weight = weight.view(-1, tensor.rows, weight.shape[-1])
-            if tensor.expert is None:
-                weight = weight[[slot or 0 for slot in slots]]
-            rows = weight if tensor.input_dim == -1 else weight.transpose(-1, -2)
-            for part, expert in zip(rows if tensor.expert is None else [rows], slots, strict=True):
-                if expert is None:
-                    part.zero_()
-                else:
-                    zero_masked(part, mask, tensor.role, expert)
-            return weight
-
-        pads = sum(expert is None for expert in slots)
-        self._zeroed += _zeros(mask, piece.shape, tensor) * (len(slots) - pads) // len(slots)
-        return computed(piece, make)
-
-    def _values(self, tensor: DiskTensor) -> Tensor:
-        if tensor.quantised is None:
-            return self.checkpoint.read(tensor.key)
-        return read(self.checkpoint, tensor.quantised, dtype=torch.bfloat16)
-
-    def config(self) -> dict[str, Any]:
-        """The new config.json.
-
-        Raises:
-            UnsupportedModelError: the number of experts is not where it should be.
-        """
-        config = set_counts(self.model, self.counts)
-        if self.dequantized:
-            config = without_description(config)
-        elif self.quantisation.method and any(p.dropped for p in self.plan.layers.values()):
-            kept = kept_by_module(self.model.sites, self.layout, self.plan)
-            config = with_description(config, lambda old: renumbered(old, kept))
-        if self.attached.dropped and self.attached.heads:
-            without_heads(config)
-        if self.novices:
-            text = config.get("text_config")  # with towers, the language model's part
-            (text if isinstance(text, dict) else config)["approximate_experts"] = {
-                str(index): list(layer.replaced)
-                for index, layer in sorted(self.plan.layers.items())
-                if layer.replaced
-            }
-        return set_code(config, self.code, auto_classes(native_class(self.model.config)))
-
-    @property
-    def code(self) -> GeneratedCode | None:
-        """Classes that the checkpoint needs to open; None where stock ones do."""
-        native = native_class(self.model.config)
-        if self.novices:
-            return novice_code(native)
-        if len(set(self.counts.values())) > 1:
-            return uneven_code(native, resize_facts(self.model.model, self.model.prefix))
-        return None
-
-    def sizes(self, pieces: list[Piece]) -> Sizes:
-        """Sizes before and after."""
-        before = sum(site.shape.experts for site in self.model.sites.values())
-        gone = sum(len(p.dropped) + len(p.replaced) for p in self.plan.layers.values())
-        numel = parameters(self.checkpoint)
-        after = sum(parameters_of(piece.name, piece.dtype, piece.shape) for piece in pieces)
-        return Sizes(
-            experts=(before, before - gone),
-            parameters=(numel, after),
-            nonzero=(numel, after - self._zeroed),
-            bytes=(self.checkpoint.nbytes, sum(piece.nbytes for piece in pieces)),
-            attached=self.attached.counts(),
-        )
-
-
-_TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
-
-
-def _is_masked(mask: MaskEdit, role: str) -> bool:
-    if role == "gate_up":
-        if ("gate" in mask.roles) != ("up" in mask.roles):
-            raise PlanError("gate and up matrices are stored together: mask both or none")
-        return "gate" in mask.roles
-    return role in mask.roles
-
-
-def zero_masked(weight_OI: Tensor, mask: MaskEdit, role: str, expert: int) -> None:
-    """Zero, in place, the weights of one expert's matrix that ``mask`` does not keep."""
-    scale = mask.scale("down" if role == "down" else "gate", expert)
-    if mask.pattern is not None:
-        keep_OI = nm_keep_mask(weight_OI, scale, *mask.pattern)
-    else:
-        assert mask.ratio is not None
-        keep_OI = row_keep_mask(weight_OI, scale, mask.ratio)
-    weight_OI.masked_fill_(~keep_OI, 0.0)
-
-
-def _zeros(mask: MaskEdit, shape: tuple[int, ...], tensor: DiskTensor) -> int:
-    width = shape[tensor.input_dim] if tensor.input_dim == -1 or tensor.rows == 1 else tensor.rows
-    if mask.pattern is not None:
-        per_row = width // mask.pattern[1] * mask.pattern[0]
-    else:
-        assert mask.ratio is not None
-        per_row = prune_count(width, mask.ratio)
-    return math.prod(shape) // width * per_row
-
-
-def mask_in_memory(site: MoESite, layer: LayerPlan) -> None:
-    """Zero a loaded layer's weights as ``layer.mask`` says, so that later layers see the effect."""
-    mask, experts = layer.mask, site.experts
-    if mask is None:
-        return
-    for name, parameter in list(experts.named_parameters()):
-        role = matrix_role(experts, name)
-        if role is None or not _is_masked(mask, role):
-            continue
-        weight = parameter.data.clone()  # the loaded tensor may be the mapped file itself
-        rows_EOI = stacked(experts, name, weight)
-        for expert in layer.keep:
-            zero_masked(rows_EOI[expert], mask, role, expert)
-        owner, _, last = name.rpartition(".")
-        masked = torch.nn.Parameter(weight, requires_grad=False)
-        setattr(experts.get_submodule(owner), last, masked)

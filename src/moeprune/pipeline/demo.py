@@ -15,9 +15,9 @@ from moeprune.evaluation.perplexity import Evaluation
 from moeprune.evaluation.perplexity import evaluate as evaluate_models
 from moeprune.files import json_bytes, new_directory, refuse_existing
 from moeprune.models.checkpoint import DEMO, Checkpoint
+from moeprune.models.editing import Sizes
 from moeprune.models.loading import LayeredModel
 from moeprune.models.store import StatisticsStore, versions, write_plan
-from moeprune.models.surgery import Sizes
 from moeprune.pipeline import stages
 from moeprune.pipeline.inputs import Compute, Progress, Text, read_heldout, silent
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory

@@ -15,12 +15,13 @@ from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import MoepruneError
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.checks import check_novices
 from moeprune.models.counts import kernel_warnings
 from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
+from moeprune.models.masking import mask_in_memory
 from moeprune.models.sites import MoESite
 from moeprune.models.store import StatisticsStore, same_model, versions
-from moeprune.models.surgery import check_novices, mask_in_memory
 from moeprune.pipeline.calibration import observe
 from moeprune.pipeline.inputs import (
     Compute,

@@ -19,9 +19,10 @@ from moeprune.files import refuse_existing
 from moeprune.models import data
 from moeprune.models.byte_exact import refuse_method
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.editing import Sizes, Writing
 from moeprune.models.store import read_plan
 from moeprune.models.store import write_plan as save_plan
-from moeprune.models.surgery import Sizes, Writing, apply_plan
+from moeprune.models.surgery import apply_plan
 from moeprune.pipeline.calibration import calibrate
 from moeprune.pipeline.inputs import (
     Compute,

@@ -1,0 +1,68 @@
+"""Whether a plan can be carried out on a model; asked before the first byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moeprune.core.budget import least_kept
+from moeprune.core.plan import LayerPlan, Plan
+from moeprune.core.shapes import LayerShape
+from moeprune.errors import PlanError, UnsupportedModelError
+from moeprune.models import quirks
+from moeprune.models.counts import (
+    kept_counts,
+    refuse_uneven,
+)
+from moeprune.models.loading import LayeredModel
+from moeprune.models.native import text_config
+
+
+def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
+    """Raise ``PlanError`` unless ``plan`` was made for this model and can be carried out on it."""
+    fingerprint = plan.model.get("fingerprint")
+    if fingerprint != model.checkpoint.fingerprint:
+        raise PlanError(
+            f"the plan was made for another model ({plan.model.get('name')}, "
+            f"fingerprint {str(fingerprint)[:12]}) than {model.checkpoint.path.name} "
+            f"({model.checkpoint.fingerprint[:12]})",
+            "plan again for this model, or give the model that the plan names",
+        )
+    shapes = {index: site.shape for index, site in model.sites.items()}
+    plan.check(shapes)
+    check_novices(model, plan.layers)
+    for index, shape in shapes.items():
+        layer = plan.layers.get(index)
+        if layer is not None and layer.replaced and not layer.keep:
+            raise PlanError(
+                f"plan, layer {index}: all experts are replaced by constants",
+                "keep the weights of at least one expert in every layer",
+            )
+        if layer is not None and layer.dropped:
+            _check_router(layer, shape)
+    refuse_uneven(model, kept_counts(shapes, plan), pad)
+
+
+def check_novices(model: LayeredModel, layers: Mapping[int, LayerPlan]) -> None:
+    """Raise ``UnsupportedModelError`` if experts of this family cannot become constants."""
+    kind = text_config(model.config).model_type
+    reason = quirks.NOVICES_REFUSED.get(kind)
+    if reason is not None and any(layer.replaced for layer in layers.values()):
+        raise UnsupportedModelError(
+            f"experts of {kind} cannot be replaced by constants: {reason}",
+            "delete experts instead (moeits), or zero weights (moe-pruner)",
+        )
+
+
+def _check_router(layer: LayerPlan, shape: LayerShape) -> None:
+    where = f"plan, layer {layer.layer}"
+    if layer.replaced:
+        raise PlanError(f"{where}: deleting and replacing experts cannot be mixed")
+    remain, least = len(layer.keep), least_kept(shape)
+    if remain < least:
+        raise PlanError(f"{where}: {remain} experts remain, its router needs {least}")
+    per_group = [sum(shape.group_of(e) == g for e in layer.keep) for g in range(shape.groups)]
+    if len(set(per_group)) > 1:
+        raise PlanError(
+            f"{where}: {per_group} experts remain in the {shape.groups} routing groups",
+            "keep the same number in every group",
+        )
