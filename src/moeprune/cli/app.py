@@ -67,7 +67,9 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
     if as_json:
         output.print_json(facts)
     else:
-        output.print_facts(facts["name"], facts)
+        hidden = ("name", "can", "reason", "supported")
+        shown = {name: value for name, value in facts.items() if name not in hidden}
+        output.print_facts(facts["name"], shown | facts["can"])
 
 
 @app.command()

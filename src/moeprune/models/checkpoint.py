@@ -281,6 +281,25 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def is_weights(file: Path) -> bool:
+    """Whether a file holds weights, by its name."""
+    return file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name == INDEX
+
+
+class ConfigOnly(Checkpoint):
+    """A model of which only config.json is there: no tensor has a name yet."""
+
+    @cached_property
+    def shards(self) -> tuple[Path, ...]:
+        """None."""
+        return ()
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """None."""
+        return {}
+
+
 def demo_path() -> Path:
     """The directory of the embedded model."""
     return Path(str(resource_files("moeprune.assets"))) / "demo" / "model"

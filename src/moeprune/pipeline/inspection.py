@@ -1,13 +1,14 @@
-"""What a checkpoint is, without reading its weights."""
+"""What a model is and what can be done with it, without reading its weights."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from moeprune.errors import MoepruneError
-from moeprune.models.attached import KEEP_PRUNED, find_attached
-from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.layout import expert_layout, refuse
+from moeprune.models.abilities import abilities
+from moeprune.models.checkpoint import Checkpoint, ConfigOnly, is_weights
+from moeprune.models.description import routing_kind, selection, shared_parameters
+from moeprune.models.layout import refuse
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
 from moeprune.models.quantised import parameters
@@ -15,45 +16,77 @@ from moeprune.pipeline.inputs import Source, model_name
 
 
 def inspect(source: Source) -> dict[str, Any]:
-    """What a checkpoint is, without reading its weights."""
-    checkpoint = Checkpoint.open(source)
+    """What a model is, how it routes, how large it is, and what can be done with it.
+
+    ``source`` may also be a config.json, or a directory with nothing else; the names of the tensors
+    are then not known, and sizes are those of the configuration.
+
+    Raises:
+        MoepruneError: not a model, or one without experts.
+    """
+    path = Path(source)
+    if path.name == "config.json" and path.is_file():
+        source = path.resolve().parent
+        checkpoint: Checkpoint = ConfigOnly(source)
+    elif (path / "config.json").is_file() and not any(map(is_weights, path.iterdir())):
+        checkpoint = ConfigOnly(path.resolve())
+    else:
+        checkpoint = Checkpoint.open(source)
+    weights = not isinstance(checkpoint, ConfigOnly)
     model = LayeredModel(checkpoint)
-    heads: list[str] = []
-    try:
+    model.model.tie_weights()  # so that no matrix is counted twice
+    if not model.sites:
         refuse(model)
-        heads = sorted(find_attached(model, expert_layout(model), KEEP_PRUNED, False).heads)
-        reason = None
-    except MoepruneError as error:
-        reason = error.problem
-    if not model.sites and reason is not None and "dense" in reason:
-        refuse(model)
-    facts: dict[str, Any] = {
+    found = abilities(model, weights)
+    numel = parameters(checkpoint) if weights else model.model.num_parameters()
+    return {
         "name": model_name(source),
         "path": str(checkpoint.path),
         "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
         "model_type": text_config(model.config).model_type,
         "layers": len(model.layers),
         "moe_layers": sorted(model.sites),
-        "parameters": (numel := parameters(checkpoint)),
-        "bytes": checkpoint.nbytes,
+        **_experts(model),
+        "parameters": numel,
+        **_parameters(model, numel),
+        "bytes": checkpoint.nbytes if weights else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantisation.method,
-        "fingerprint": checkpoint.fingerprint,
-        "attached": heads,
-        "supported": reason is None,
-        "reason": reason,
+        "attached": list(found.heads),
+        "fingerprint": checkpoint.fingerprint if weights else None,
+        "can": found.can,
+        "supported": found.reason is None,
+        "reason": found.reason,
     }
-    if model.sites:
-        shapes = [site.shape for site in model.sites.values()]
-        routed = sum(shape.experts * shape.expert_parameters for shape in shapes)
-        idle = sum((shape.experts - shape.top_k) * shape.expert_parameters for shape in shapes)
-        facts |= {
-            "experts": shapes[0].experts,
-            "top_k": shapes[0].top_k,
-            "groups": shapes[0].groups,
-            "hidden": shapes[0].hidden,
-            "intermediate": shapes[0].intermediate,
-            "expert_parameters": routed,
-            "active_parameters": numel - idle,
-        }
-    return facts
+
+
+def _experts(model: LayeredModel) -> dict[str, Any]:
+    """Numbers of experts (one, or one per layer where they differ), sizes and routing."""
+    if not model.sites:
+        return {}
+    sites = [site for _, site in sorted(model.sites.items())]
+    shape, counts = sites[0].shape, [site.shape.experts for site in sites]
+    return {
+        "experts": counts[0] if len(set(counts)) == 1 else counts,
+        "top_k": shape.top_k,
+        "groups": shape.groups,
+        "selection": selection(sites[-1], model.config),
+        "gates": routing_kind(sites[-1]),
+        "hidden": shape.hidden,
+        "intermediate": shape.intermediate,
+    }
+
+
+def _parameters(model: LayeredModel, numel: int) -> dict[str, int]:
+    """Active for one token, in routed experts, and in experts that every token goes through."""
+    if not model.sites:
+        return {}
+    shapes = [site.shape for site in model.sites.values()]
+    routed = sum(shape.experts * shape.expert_parameters for shape in shapes)
+    idle = sum((shape.experts - shape.top_k) * shape.expert_parameters for shape in shapes)
+    shared = sum(shared_parameters(model.model, site) for site in model.sites.values())
+    return {
+        "active_parameters": numel - idle,
+        "expert_parameters": routed,
+        "shared_expert_parameters": shared,
+    }
