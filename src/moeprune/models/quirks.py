@@ -47,8 +47,11 @@ REFUSED = {
 """Model types whose experts are not pruned, with the reason that the user is told."""
 
 PADDABLE = frozenset({
-    "afmoe", "deepseek_v3", "dots1", "exaone_moe", "glm4_moe", "gpt_oss", "hy_v3", "kolibri1",
-    "laguna", "lfm2_moe", "minimax_m2", "nemotron_h", "solar_open",
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32",
+    "deepseek_v4", "dots1", "dots3_note_text", "exaone_moe", "glm4_moe", "glm4_moe_lite",
+    "glm_moe_dsa", "gpt_oss", "hy_v3", "hy_v4", "inkling2_text", "inkling_text", "kimi_linear",
+    "kolibri1", "laguna", "lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text",
+    "nemotron_h", "solar_open",
 })  # fmt: skip
 """Model types whose router adds a bias to independent scores before the top-k, so that a pad with
 a bias of -1e9 is never chosen and changes no other expert's weight."""
