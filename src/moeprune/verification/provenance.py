@@ -10,7 +10,8 @@ from moeprune.files import sha256_bytes
 from moeprune.models.surgery import PLAN_COPY, PROVENANCE
 from moeprune.verification.edits import Edit, read_edits
 from moeprune.verification.finding import ERROR, WARNING, Finding, Found, Rule, Skip
-from moeprune.verification.subject import Subject, read_json
+from moeprune.verification.shards import read_json
+from moeprune.verification.subject import Subject
 
 _FORMAT = "moeprune.checkpoint/1"
 _AGAIN = "apply the plan to the original again"
