@@ -226,12 +226,12 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    _randomise(model, seed)
+    randomise(model, seed)
     return model
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel, seed: int) -> None:
+def randomise(model: PreTrainedModel, seed: int) -> None:
     """Replace transformers' small initial values; each tensor's depend on its name only."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))

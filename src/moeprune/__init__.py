@@ -29,6 +29,7 @@ _HOME = {
     "MoepruneError": "moeprune.errors",
     "Plan": "moeprune.core.plan",
     "Text": "moeprune.pipeline.inputs",
+    "Writing": "moeprune.models.surgery",
     "apply": "moeprune.pipeline.stages",
     "calibrate": "moeprune.pipeline.calibration",
     "evaluate": "moeprune.pipeline.stages",
@@ -52,6 +53,7 @@ __all__ = [
     "MoepruneError",
     "Plan",
     "Text",
+    "Writing",
     "__version__",
     "apply",
     "calibrate",
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from moeprune.errors import MoepruneError
     from moeprune.models.runtime import load
     from moeprune.models.store import merge_statistics, read_plan, write_plan
+    from moeprune.models.surgery import Writing
     from moeprune.pipeline.calibration import calibrate
     from moeprune.pipeline.inputs import Compute, Text
     from moeprune.pipeline.inspection import inspect

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from families import experts_modules, load_tiny, moe_model_types, token_ids
 from moeprune.core.plan import LayerPlan, MaskEdit, Plan
@@ -35,6 +35,7 @@ from support import (
     some_experts,
     tensor_digests,
 )
+from towers import save_tower
 
 Tiny = Callable[[str], Path]
 
@@ -134,7 +135,7 @@ STRANGER = """
 import json, sys
 sys.modules["moeprune"] = None
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 torch.set_num_threads(1)
 failed = {}
 for name, (source, expected) in json.load(open(sys.argv[1])).items():
@@ -257,6 +258,25 @@ def test_identity_keeps_an_uneven_checkpoint_uneven(made: Made, tmp_path: Path) 
     assert tensor_digests(tmp_path / "out") == tensor_digests(path)
     for file in ("config.json", MODELING_FILE, UNEVEN_FILE):
         assert (tmp_path / "out" / file).read_bytes() == (path / file).read_bytes()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "gemma4"])
+def test_uneven_with_a_tower(model_type: str, tmp_path: Path) -> None:
+    """The numbers stand in the language model's part; every auto class opens the result."""
+    source = save_tower(model_type, tmp_path / "a")
+    checkpoint = Checkpoint.open(source)
+    plan = make_plan(checkpoint)
+    apply_plan(checkpoint, plan, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert {"per_layer_config", "experts_per_layer"} & set(config["text_config"])
+    assert not {"per_layer_config", "experts_per_layer"} & set(config)
+    assert "AutoModelForImageTextToText" in config["auto_map"]
+    tokens = token_ids(2, 24, vocab=118)
+    original = aligned(AutoModelForMultimodalLM.from_pretrained(source, dtype=torch.float32))
+    with experts_masked(original, keeps(plan)):
+        expected = logits(original, tokens)
+    found = logits(aligned(runtime.load(tmp_path / "out")), tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
 # ---- padding -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from moeprune.cli import output
 from moeprune.cli.options import (
     AsJson,
     Data,
+    Dequantize,
     Device,
     Dtype,
     Force,
@@ -21,6 +22,7 @@ from moeprune.cli.options import (
     Length,
     Method,
     Model,
+    Mtp,
     MultipleOf,
     Options,
     Pad,
@@ -202,6 +204,8 @@ def apply(
     plan: Annotated[Path, typer.Option(help="Output of **moeprune plan**.")],
     out: Annotated[Path, typer.Option(help="Directory for the new checkpoint.")],
     pad: Pad = False,
+    mtp: Mtp = "keep-pruned",
+    dequantize: Dequantize = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -212,7 +216,8 @@ def apply(
     from moeprune.pipeline import stages
 
     with output.progress_bars() as progress:
-        sizes = stages.apply(model, plan, out, force, progress, stages.Writing(pad))
+        writing = stages.Writing(pad, mtp, dequantize)
+        sizes = stages.apply(model, plan, out, force, progress, writing)
     output.print_sizes(out, sizes, {}, as_json)
 
 
@@ -237,6 +242,8 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    mtp: Mtp = "keep-pruned",
+    dequantize: Dequantize = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -260,7 +267,7 @@ def prune(
             force,
             progress,
             uniform,
-            stages.Writing(pad),
+            stages.Writing(pad, mtp, dequantize),
         )
     if statistics is None and done.plan.statistics:
         output.tell_default_text(model, data)

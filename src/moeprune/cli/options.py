@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="Directory, hub id, or **demo** (the embedded model).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Dequantize = Annotated[
+    bool, typer.Option("--dequantize", help="Write the weights of a quantised model as bf16.")
+]
 Data = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
     typer.Option(help="Text: **[name=]file** (.jsonl, .jsonl.gz, .txt); repeat for more domains."),
@@ -45,6 +48,12 @@ Pad = Annotated[
 Statistics = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Output of **moeprune calibrate**."),
+]
+Mtp = Annotated[
+    str,
+    typer.Option(
+        help="Attached prediction layers: **keep-pruned** (as the nearest layer) or **drop**."
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draw of text, and of the method.")]
 Sequences = Annotated[int, typer.Option(help="Calibration sequences in all.")]

@@ -164,6 +164,8 @@ def tell_warnings(warnings: Iterable[str]) -> None:
 
 def print_sizes(out: Path, sizes: Any, more: dict[str, Any], as_json: bool) -> None:
     """What an edit did to the size of a model."""
+    if sizes.attached:
+        more = {"attached": dict(sizes.attached), **more}
     facts = {
         name: list(getattr(sizes, name)) for name in ("experts", "parameters", "nonzero", "bytes")
     }

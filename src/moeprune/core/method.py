@@ -83,6 +83,7 @@ class Method(ABC):
         source: arXiv id of the paper.
         budgets: the budget kinds it understands (``ratio``, ``keep``, ``tau``, ``pattern``).
         needs: accumulators that it reads; empty for a data-free method.
+        changes: what it does to values, as a verb phrase; None if it only deletes experts.
     """
 
     name: ClassVar[str]
@@ -90,6 +91,7 @@ class Method(ABC):
     source: ClassVar[str]
     budgets: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ()
+    changes: ClassVar[str | None] = None
 
     @property
     def sequential(self) -> bool:

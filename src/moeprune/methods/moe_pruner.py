@@ -36,6 +36,7 @@ class MoEPruner(Method):
     source: ClassVar[str] = "arXiv 2410.12013"
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "pattern")
     needs: ClassVar[tuple[str, ...]] = ("routing", "inputs", "hidden")
+    changes: ClassVar[str | None] = "zeroes weights"
 
     propagate: Literal["pruned", "dense"] = "pruned"
     min_tokens: Annotated[int, Field(ge=0)] = 16

@@ -39,6 +39,7 @@ class MoNE(Method):
     source: ClassVar[str] = "arXiv 2507.00390"
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "keep")
     needs: ClassVar[tuple[str, ...]] = ("routing", "outputs")
+    changes: ClassVar[str | None] = "replaces experts by constants"
 
     routing: Literal["gate-mass", "conditional", "count"] = "gate-mass"
     scope: Literal["layer", "global"] = "layer"

@@ -98,6 +98,8 @@ def set_counts(model: LayeredModel, counts: Mapping[int, int]) -> dict[str, Any]
         if smaller:
             part["experts_per_layer"] = {str(index): count for index, count in smaller.items()}
         return config
+    if not smaller and "per_layer_config" not in part:
+        return config
     key = count_key(model.config)
     entries = {int(i): dict(e) for i, e in (part.pop("per_layer_config", None) or {}).items()}
     for index in counts:
@@ -114,7 +116,8 @@ def set_counts(model: LayeredModel, counts: Mapping[int, int]) -> dict[str, Any]
 
 def _set_expert_count(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
     """Returns the part of the configuration that holds the number."""
-    for part in (config, config.get("text_config"), config.get("ffn_config")):
+    # with towers, what counts is the language model's part
+    for part in (config.get("text_config"), config, config.get("ffn_config")):
         if not isinstance(part, dict):
             continue
         keys = [key for key in quirks.EXPERT_COUNT_KEYS if key in part]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pprint
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -78,13 +78,15 @@ def _code(
     return GeneratedCode(name, {MODELING_FILE: modeling, file: text})
 
 
-def set_code(config: dict[str, Any], code: GeneratedCode | None) -> dict[str, Any]:
+def set_code(
+    config: dict[str, Any], code: GeneratedCode | None, auto_classes: Sequence[str]
+) -> dict[str, Any]:
     """Name the generated class in config.json, or no longer name one of ours."""
     stem = MODELING_FILE.removesuffix(".py")
     auto_map = config.pop("auto_map", {})
     auto_map = {auto: name for auto, name in auto_map.items() if not name.startswith(f"{stem}.")}
     if code is not None:
-        auto_map["AutoModelForCausalLM"] = f"{stem}.{code.name}"
+        auto_map |= dict.fromkeys(auto_classes, f"{stem}.{code.name}")
     return {**config, "auto_map": auto_map} if auto_map else config
 
 

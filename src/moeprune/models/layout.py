@@ -6,8 +6,9 @@ per-expert and fused checkpoints, renamed and transposed ones are all read the s
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.quantised import ACTIVATION_SCALES, Quantised, read
 from moeprune.models.sites import MoESite
 from moeprune.models.special import flat_matrices
 
@@ -31,14 +33,16 @@ class DiskTensor:
     Attributes:
         key: its name.
         layer: the MoE layer.
-        role: ``gate``, ``up``, ``down``, ``gate_up`` (both, fused), ``other`` (biases, and what
-            identity experts have), ``router`` or ``table`` (experts by token id, which
-            ``redirect_table`` rewrites when experts are deleted).
+        role: ``gate``, ``up``, ``down``, ``gate_up`` (both, fused), ``other`` (biases, scales of
+            quantised weights, and what identity experts have), ``router`` or ``table`` (experts by
+            token id, which ``redirect_table`` rewrites when experts are deleted).
         expert: whose it is, where experts are stored one by one; None where they are fused.
         dim: the axis with one entry per expert, where they are fused and for routers.
         input_dim: the axis of the matrix's inputs: -1, or -2 where it is stored transposed.
         interleaved: whether the rows of a ``gate_up`` alternate between gate and up.
         rows: entries along ``dim`` per expert, where all experts are stored as one matrix.
+        quantised: the weight that it is a part of, if that is quantised; ``input_dim`` is then an
+            axis of the weight.
     """
 
     key: str
@@ -49,6 +53,7 @@ class DiskTensor:
     input_dim: int = -1
     interleaved: bool = False
     rows: int = 1
+    quantised: Quantised | None = None
 
     def renamed(self, expert: int) -> str:
         """The name under another expert's id."""
@@ -72,24 +77,76 @@ def expert_layout(model: LayeredModel) -> dict[str, DiskTensor]:
     """
     refuse(model)
     found: dict[str, DiskTensor] = {}
+    unknown: list[str] = []
     for key, info in model.checkpoint.tensors.items():
-        name, pattern = model.target(key)
+        part = model.quantisation.parts.get(key)
+        weight = key if part is None else part.name
+        name, pattern = model.target(weight)
         if name is None:
-            if _EXPERT_INDEX.fullmatch(key):
-                raise UnsupportedModelError(
-                    f"{key} belongs to experts that transformers does not load "
-                    "(an attached prediction head?); editing them is not supported yet"
-                )
+            unknown.append(key)
             continue
         site = model.sites.get(model.group(name))
         if site is None:
             continue
-        tensor = _router_tensor(key, name, info, site)
+        whole = info if part is None else replace(info, shape=part.shape)
+        tensor = _router_tensor(weight, name, whole, site)
         if tensor is None and name.startswith(site.experts_name + "."):
-            tensor = _expert_tensor(key, name, pattern, info, site, model)
+            tensor = _expert_tensor(weight, name, pattern, whole, site, model)
+        if tensor is not None and part is not None:
+            tensor = _part_of(tensor, key, part)
         if tensor is not None:
             found[key] = tensor
-    return found
+    return found | _companions(unknown, found, model)
+
+
+def _part_of(weight: DiskTensor, key: str, part: Quantised) -> DiskTensor | None:
+    """Values and scales of experts go where the weight would; scales of routers stay."""
+    if key == part.stored:
+        return replace(weight, key=key, quantised=part)
+    if weight.role == "router":
+        return None
+    return replace(weight, key=key, role="other", quantised=part)
+
+
+def _companions(
+    unknown: list[str], found: dict[str, DiskTensor], model: LayeredModel
+) -> dict[str, DiskTensor]:
+    """Tensors beside the experts' that transformers does not load go where the experts go.
+
+    Raises:
+        UnsupportedModelError: a tensor is an expert's, but it cannot be said whose.
+    """
+    experts = [tensor for tensor in found.values() if tensor.role != "router"]
+    single = {t.experts_prefix: t for t in experts if t.expert is not None}
+    fused = {t.key.rpartition(".")[0] + ".": t for t in experts if t.expert is None}
+    companions = {}
+    for key in unknown:
+        match = _EXPERT_INDEX.fullmatch(key)
+        parent = key.rpartition(".")[0] + "."
+        if match is not None:
+            known = single.get(match["head"])
+            expert = int(match["expert"])
+            if known is None:
+                continue  # of another block than the model's own: see attached.py
+            if expert >= model.sites[known.layer].shape.experts:
+                raise _not_loaded(key)
+            companions[key] = DiskTensor(key, known.layer, "other", expert)
+        elif parent in fused and parent not in single:
+            layer = fused[parent].layer
+            shape = model.checkpoint.tensors[key].shape
+            if not key.endswith(ACTIVATION_SCALES):
+                raise _not_loaded(key)
+            if shape[:1] == (model.sites[layer].shape.experts,):
+                companions[key] = DiskTensor(key, layer, "other", None)
+            elif math.prod(shape) != 1:
+                raise UnsupportedModelError(f"{key}: {list(shape)} has no entry per expert")
+    return companions
+
+
+def _not_loaded(key: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{key} stands beside experts, and transformers does not load it: what it is for is unknown"
+    )
 
 
 def refuse(model: LayeredModel) -> None:
@@ -108,6 +165,7 @@ def refuse(model: LayeredModel) -> None:
             f"some experts of {model.checkpoint.path} are constants already",
             "prune the original model instead",
         )
+    model.quantisation.refuse()
 
 
 def _router_tensor(key: str, name: str, info: TensorInfo, site: MoESite) -> DiskTensor | None:
@@ -143,7 +201,8 @@ def _expert_tensor(
     if pattern is not None:
         converter = model.converter(pattern)
         per_expert = any(isinstance(op, MergeModulelist) for op in converter.operations)
-        transposed ^= any(isinstance(op, Transpose) for op in converter.operations)
+        loaded = tuple(getattr(site.experts, parameter).shape)
+        transposed ^= any(_transposes(op, info.shape, loaded) for op in converter.operations)
         interleaved ^= any(isinstance(op, Interleave) for op in converter.operations)
         if role == "gate_up" and len(converter.source_patterns) == 2:
             role = ("gate", "up")[converter.source_patterns.index(pattern)]
@@ -157,6 +216,11 @@ def _expert_tensor(
     tensor = DiskTensor(key, site.shape.layer, role, expert, 0, axis, interleaved)
     _check_shape(tensor, info, site)
     return tensor
+
+
+def _transposes(operation: object, stored: tuple[int, ...], loaded: tuple[int, ...]) -> bool:
+    """Whether a conversion turns the matrices; some look at the shape, as both layouts exist."""
+    return isinstance(operation, Transpose) and not (operation.check_dims and stored == loaded)
 
 
 def _check_shape(tensor: DiskTensor, info: TensorInfo, site: MoESite) -> None:
@@ -191,20 +255,24 @@ class DiskExperts:
         """One matrix as float32 [outputs, inputs]."""
         single = self._tensors.get((role, expert))
         if single is not None:
-            return self._oriented(self._checkpoint.read(single.key), single)
+            return self._oriented(self._read(single), single)
         fused = self._tensors.get((role, None))
         if fused is not None:
-            return self._oriented(self._rows(fused, expert), fused)
+            return self._oriented(self._read(fused, expert), fused)
         both = self._tensors[("gate_up", None)]
-        stacked = self._oriented(self._checkpoint.read_row(both.key, expert), both)
+        stacked = self._oriented(self._read(both, expert), both)
         if both.interleaved:
             return stacked[("gate", "up").index(role) :: 2].contiguous()
         return stacked.chunk(2)[("gate", "up").index(role)].contiguous()
 
-    def _rows(self, disk: DiskTensor, expert: int) -> Tensor:
-        if disk.rows == 1:
-            return self._checkpoint.read_row(disk.key, expert)
-        return self._checkpoint.read_rows(disk.key, expert * disk.rows, disk.rows)
+    def _read(self, tensor: DiskTensor, row: int | None = None) -> Tensor:
+        if tensor.quantised is not None:
+            return read(self._checkpoint, tensor.quantised, row)
+        if row is None:
+            return self._checkpoint.read(tensor.key)
+        if tensor.rows > 1:
+            return self._checkpoint.read_rows(tensor.key, row * tensor.rows, tensor.rows)
+        return self._checkpoint.read_row(tensor.key, row)
 
     @staticmethod
     def _oriented(tensor: Tensor, disk: DiskTensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -22,13 +22,14 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.models import uneven_runtime
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.generated import novice_class
 from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
+from moeprune.models.quantised import Quantisation, lazy_state
 from moeprune.models.sites import MoESite, find_sites, is_experts, is_uneven, resize_facts
 from moeprune.models.special import describe
 
@@ -39,8 +40,8 @@ RESIDENT = -1
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model with parameters on meta and real buffers (rotary tables, correction biases)."""
     cls = native_class(config)
-    if cls.config_class is type(text_config(config)):
-        config = text_config(config)  # as AutoModelForCausalLM does where there is a tower as well
+    if not isinstance(config, cls.config_class):
+        config = text_config(config)  # of a model with towers, the language model alone
     if getattr(text_config(config), "approximate_experts", None):
         cls = novice_class(cls)
     with quiet_transformers(), init_empty_weights(include_buffers=False):
@@ -52,18 +53,23 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers, as (qualified name, module list).
+    """The language model's list of decoder layers, as (qualified name, module list).
 
     Raises:
         UnsupportedModelError: there is none of the configured length.
     """
     config = text_config(model.config)
     counts = {getattr(config, key, None) for key in ("num_hidden_layers", "num_layers")}
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) in counts
-    ]
+    lists = []
+    owners = {"": model}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            owners[name] = module
+        if isinstance(module, nn.ModuleList) and len(module) in counts:
+            # a vision or audio tower may have as many layers; its configuration is another
+            owner = max((o for o in owners if f"{name}.".startswith(f"{o}." if o else "")), key=len)
+            if isinstance(owners[owner].config, type(config)):
+                lists.append((name, module))
     for name, module in lists:
         if any(is_experts(m) for m in module.modules()):
             return name, module
@@ -84,6 +90,7 @@ class LayeredModel:
         model: the transformers model; decoder layers are on meta unless loaded.
         layers: its list of decoder layers.
         prefix: the qualified name of that list.
+        quantisation: how the weights are stored.
         sites: MoE blocks by layer index.
     """
 
@@ -95,13 +102,9 @@ class LayeredModel:
     ) -> None:
         self.checkpoint = checkpoint
         self.config = read_config(checkpoint)
-        if getattr(self.config, "quantization_config", None) is not None:
-            raise UnsupportedModelError(
-                f"{checkpoint.path} is quantised; quantised checkpoints are not supported yet",
-                "use the bf16 checkpoint",
-            )
-        stored = getattr(text_config(self.config), "dtype", None) or torch.float32
-        self.dtype = dtype or stored
+        self.quantisation = Quantisation.of(checkpoint)
+        stored = [getattr(c, "dtype", None) for c in (text_config(self.config), self.config)]
+        self.dtype = dtype or stored[0] or stored[1] or torch.float32
         self.device = torch.device(device)
         self.model: Any = skeleton(self.config, self.dtype)
         self.prefix, self.layers = find_layers(self.model)
@@ -117,7 +120,7 @@ class LayeredModel:
         state = self.model.state_dict()
         base = self.model.base_model_prefix
         names: dict[str, tuple[str | None, str | None]] = {}
-        for key in self.checkpoint.tensors:
+        for key in self.quantisation.names(self.checkpoint):
             name, pattern = rename_source_key(key, renamings, converters, base, state)
             if name not in state and key in state:
                 name, pattern = key, None
@@ -125,8 +128,13 @@ class LayeredModel:
         return names
 
     def target(self, key: str) -> tuple[str | None, str | None]:
-        """The parameter that a tensor on disk becomes (part of), and the conversion's pattern."""
+        """The parameter that a weight on disk becomes (part of), and the conversion's pattern."""
         return self._names[key]
+
+    def uses(self, key: str) -> bool:
+        """Whether a tensor on disk becomes part of a parameter, if only as a scale."""
+        part = self.quantisation.parts.get(key)
+        return self.target(key if part is None else part.name)[0] is not None
 
     def disk_name(self, name: str) -> str:
         """The name on disk of a parameter that is stored as it is."""
@@ -195,13 +203,14 @@ class LayeredModel:
             transformers' report: ``missing_keys``, ``mismatched_keys`` (name, found, expected) and
             ``conversion_errors`` by name.
         """
-        tensors = self.checkpoint.tensors
-        names = [key for key, (name, _) in self._names.items() if name and key in tensors]
+        shapes = {key: info.shape for key, info in self.checkpoint.tensors.items()}
+        shapes |= {name: weight.shape for name, weight in self.quantisation.weights.items()}
+        names = [key for key, (name, _) in self._names.items() if name is not None]
         config = LoadStateDictConfig(
             device_map={"": "meta"}, dtype=self.dtype, weight_mapping=self._mapping
         )
         with quiet_transformers(), torch.device("meta"):
-            state = {key: torch.empty(tensors[key].shape, dtype=self.dtype) for key in names}
+            state = {key: torch.empty(shapes[key], dtype=self.dtype) for key in names}
             info, _ = convert_and_load_state_dict_in_model(self.model, state, config, None)
         return info
 
@@ -213,13 +222,14 @@ class LayeredModel:
             )
 
     def _load(self, group: int) -> None:
-        files: dict[Any, list[str]] = {}
-        for key, (name, _) in self._names.items():
-            if name is not None and self.group(name) == group:
-                files.setdefault(self.checkpoint.tensors[key].file, []).append(key)
+        self.quantisation.refuse()
+        keys = [
+            key
+            for key, (name, _) in self._names.items()
+            if name is not None and self.group(name) == group
+        ]
         # opened per layer, so that mapped pages of earlier layers do not stay resident
-        handles = [(safe_open(file, "pt"), keys) for file, keys in files.items()]
-        state = {key: handle.get_slice(key) for handle, keys in handles for key in keys}
+        state = lazy_state(self.checkpoint, self.quantisation, keys, self.dtype)
         config = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,

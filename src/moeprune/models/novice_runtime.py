@@ -87,6 +87,13 @@ def register(model):
         mapping = get_checkpoint_conversion_mapping(key)
         if mapping is not None:
             register_checkpoint_conversion_mapping(key, adapted(mapping), overwrite=True)
+    # some native classes have conversions of their own, beside those of their model type
+    own, *bases = type(model).__mro__
+    for base in bases:
+        mapping = get_checkpoint_conversion_mapping(base.__name__)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(own.__name__, adapted(mapping), overwrite=True)
+            break
 
 
 def adapted(mapping):

@@ -75,3 +75,24 @@ NOVICES_REFUSED = {
     "longcat_flash": "its identity experts take the ids after the last expert, as novices would",
 }
 """Model types whose experts are deleted and masked but not replaced by constants, and why."""
+
+MTP_COUNT_KEYS = (
+    "num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers",
+    "num_mtp_modules",
+)  # fmt: skip
+"""config.json keys that say how many prediction layers are attached; the first is the commonest."""
+
+MTP_FLAGS = ("use_mtp",)
+"""config.json keys that say whether there are any."""
+
+MTP_PADDED_LISTS = (
+    "layer_types", "mlp_layer_types", "layers_block_type", "swiglu_limits", "swiglu_limits_shared",
+    "rope_theta", "partial_rotary_factors",
+)  # fmt: skip
+"""config.json lists with one entry per layer that some vendors let cover attached layers too."""
+
+ONLY_WITH_OWN_CODE = {
+    "deepseek": "DeepSeekMoE's successors are known: deepseek_v2 (DeepSeek-V2-Lite) and "
+    "deepseek_v3 (Moonlight-16B-A3B)",
+}
+"""Model types that only the code in their checkpoints knows, with what to use instead."""

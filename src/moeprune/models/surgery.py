@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,20 @@ from moeprune.core.shapes import LayerShape
 from moeprune.errors import CheckpointError, PlanError, UnsupportedModelError
 from moeprune.files import json_bytes, new_directory, sha256_bytes
 from moeprune.models import quirks
+from moeprune.models.attached import (
+    KEEP_PRUNED,
+    Attached,
+    check_choice,
+    check_equal_counts,
+    find_attached,
+    without_heads,
+)
+from moeprune.models.byte_exact import (
+    kept_by_module,
+    refuse_changes,
+    refuse_dequantize,
+    renumbered,
+)
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.counts import (
     PAD_BIAS,
@@ -41,7 +55,15 @@ from moeprune.models.generated import (
 )
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.native import native_class, text_config
+from moeprune.models.native import auto_classes, native_class, text_config
+from moeprune.models.quantised import (
+    bf16_piece,
+    parameters,
+    parameters_of,
+    read,
+    with_description,
+    without_description,
+)
 from moeprune.models.sites import MoESite, resize_facts
 from moeprune.models.special import matrix_role, stacked
 from moeprune.models.writer import Piece, computed, copied, given, sliced, write_shards, zeros
@@ -59,12 +81,15 @@ class Sizes:
         parameters: values in all tensors, before and after.
         nonzero: the same without the weights that a mask zeroes.
         bytes: of all tensors, before and after.
+        attached: what was done to how many tensors of heads that transformers does not load
+            (see ``models.attached``); empty if there are none.
     """
 
     experts: tuple[int, int]
     parameters: tuple[int, int]
     nonzero: tuple[int, int]
     bytes: tuple[int, int]
+    attached: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,9 +99,21 @@ class Writing:
     Attributes:
         pad: fill layers that keep fewer experts than others with pads that are never chosen, so
             that stock classes open the result; refused where that would not be exact.
+        mtp: what happens to attached prediction layers, which transformers does not load: they
+            are pruned like the nearest layer (``keep-pruned``) or left out (``drop``). A plan that
+            deletes no expert leaves routers and counts as they are; heads are then copied whole.
+        dequantize: quantised weights become bf16, all together, instead of keeping their bytes.
+
+    Raises:
+        MoepruneError: ``mtp`` is neither.
     """
 
     pad: bool = False
+    mtp: str = KEEP_PRUNED
+    dequantize: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(self.mtp)
 
 
 def apply_plan(
@@ -99,13 +136,25 @@ def apply_plan(
 
     Raises:
         PlanError: the plan is not for this model, or asks for what its router cannot do.
-        UnsupportedModelError: experts of this family cannot be edited.
+        UnsupportedModelError: experts of this family cannot be edited, or only with ``dequantize``.
         OutputError: ``out`` exists, or could not be written; nothing is left behind.
     """
     model = LayeredModel(checkpoint)
     layout = expert_layout(model)
     check_plan(model, plan, writing.pad)
-    surgeon = _Surgeon(model, plan, layout, writing)
+    if writing.pad and model.quantisation.method and not writing.dequantize:
+        raise UnsupportedModelError(
+            f"{checkpoint.path} is quantised, and pads have no quantised form",
+            "leave out --pad, or add --dequantize",
+        )
+    if writing.dequantize:
+        refuse_dequantize(checkpoint, model.quantisation)
+    else:
+        refuse_changes(plan, layout, model.quantisation)
+    deletes = any(layer.dropped for layer in plan.layers.values())
+    attached = find_attached(model, layout, writing.mtp, deletes)
+    check_equal_counts(plan, {i: site.shape for i, site in model.sites.items()}, attached)
+    surgeon = _Surgeon(model, plan, layout, attached, writing)
     pieces = surgeon.pieces()
     config = surgeon.config()
     with new_directory(out, force) as work:
@@ -122,12 +171,14 @@ def apply_plan(
         plan_bytes = json_bytes(plan.to_json(None))
         (work / PLAN_COPY).write_bytes(plan_bytes)
         (work / PROVENANCE).write_bytes(
-            json_bytes(_provenance(checkpoint, plan, plan_bytes, sizes))
+            json_bytes(_provenance(checkpoint, plan, plan_bytes, sizes, surgeon.dequantized))
         )
     return sizes
 
 
-def _provenance(checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Sizes) -> Any:
+def _provenance(
+    checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Sizes, dequantized: str | None
+) -> Any:
     return {
         "format": "moeprune.checkpoint/1",
         "base": dict(plan.model),
@@ -143,6 +194,8 @@ def _provenance(checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Si
         "parameters": list(sizes.parameters),
         "nonzero_parameters": list(sizes.nonzero),
         "tensor_bytes": list(sizes.bytes),
+        "dequantized_from": dequantized,
+        "attached": dict(sizes.attached),
     }
 
 
@@ -201,10 +254,16 @@ class _Surgeon:
     """Turns a validated plan into pieces, config and code of the new checkpoint."""
 
     def __init__(
-        self, model: LayeredModel, plan: Plan, layout: Mapping[str, DiskTensor], writing: Writing
+        self,
+        model: LayeredModel,
+        plan: Plan,
+        layout: Mapping[str, DiskTensor],
+        attached: Attached,
+        writing: Writing,
     ) -> None:
-        self.model, self.plan, self.layout = model, plan, layout
-        self.checkpoint = model.checkpoint
+        self.model, self.plan, self.layout, self.attached = model, plan, layout, attached
+        self.checkpoint, self.quantisation = model.checkpoint, model.quantisation
+        self.dequantized = self.quantisation.method if writing.dequantize else None
         self.novices = any(layer.replaced for layer in plan.layers.values())
         shapes = {index: site.shape for index, site in model.sites.items()}
         self.counts = kept_counts(shapes, plan)
@@ -221,11 +280,16 @@ class _Surgeon:
         """All tensors of the new checkpoint, in the order of the old one."""
         found: list[Piece] = []
         with_novices: set[int] = set()
-        for key, info in self.checkpoint.tensors.items():
+        for key in self.checkpoint.tensors:
+            if self.dequantized and self.quantisation.is_scale(key):
+                continue
+            if key in self.attached.keys:
+                found += self._of_head(key)
+                continue
             tensor = self.layout.get(key)
             layer = None if tensor is None else self.plan.layers.get(tensor.layer)
             if tensor is None or layer is None:
-                found.append(copied(key, info))
+                found.append(self._copied(key))
                 continue
             if layer.replaced and tensor.layer not in with_novices and tensor.role == "down":
                 with_novices.add(tensor.layer)
@@ -233,22 +297,31 @@ class _Surgeon:
             found += self._edited(key, tensor, layer)
         return found
 
+    def _of_head(self, key: str) -> list[Piece]:
+        if self.attached.dropped:
+            return []
+        tensor = self.attached.tensors.get(key)
+        layer = None if tensor is None else self.plan.layers.get(tensor.layer)
+        if tensor is None or layer is None:
+            return [self._copied(key)]
+        return self._edited(key, tensor, replace(layer, mask=None))  # a head was not observed
+
     def _edited(self, key: str, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
         info = self.checkpoint.tensors[key]
         slots = self._slots.get(layer.layer)
         if tensor.role == "router":
             if slots is None:
-                return [copied(key, info)]
+                return [self._copied(key)]
             # rows beyond E are not experts' (shared, zero or skip classes): they stay
             extra = range(layer.experts, info.shape[tensor.dim])
             fill = 0.0 if info.numel != info.shape[tensor.dim] else PAD_BIAS
-            return [sliced(key, info, tensor.dim, [*slots, *extra], fill=fill)]
+            return [self._sliced(tensor, [*slots, *extra], fill)]
         if tensor.role == "table":
             return [self._table(key, layer) if layer.dropped else copied(key, info)]
         if tensor.expert is not None:
             return self._numbered(tensor, layer)
         slots = layer.keep if slots is None else slots
-        return [self._masked(sliced(key, info, 0, slots, tensor.rows), tensor, layer, slots)]
+        return [self._masked(self._sliced(tensor, slots), tensor, layer, slots)]
 
     def _numbered(self, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
         """A tensor of one expert under its new number, and after the first kept one the pads."""
@@ -259,12 +332,11 @@ class _Surgeon:
         # ids from E on are identity experts, which stay behind the others
         beyond = tensor.expert - layer.experts
         number = len(slots) + beyond if beyond >= 0 else slots.index(tensor.expert)
-        info = self.checkpoint.tensors[tensor.key]
-        piece = copied(tensor.renamed(number), info)
+        piece = self._copied(tensor.key, tensor.renamed(number))
         found = [self._masked(piece, tensor, layer, (tensor.expert,))]
         if tensor.expert == layer.keep[0]:
             pads = [number for number, expert in enumerate(slots) if expert is None]
-            found += [zeros(tensor.renamed(number), info) for number in pads]
+            found += [zeros(self._copied(tensor.key, tensor.renamed(number))) for number in pads]
         return found
 
     def _table(self, key: str, layer: LayerPlan) -> Piece:
@@ -276,6 +348,21 @@ class _Surgeon:
                 raise CheckpointError(f"{key}: {error}") from error
 
         return computed(copied(key, self.checkpoint.tensors[key]), make)
+
+    def _copied(self, key: str, name: str | None = None) -> Piece:
+        """A tensor under another name: the same bytes, or what they stand for."""
+        weight = self.quantisation.parts.get(key) if self.dequantized else None
+        if weight is None:
+            return copied(name or key, self.checkpoint.tensors[key])
+        return bf16_piece(weight.plain(name or key), self.checkpoint, weight)
+
+    def _sliced(self, tensor: DiskTensor, slots: Sequence[int | None], fill: float = 0.0) -> Piece:
+        """Some experts of a fused tensor or a router: the same bytes, or what they stand for."""
+        weight = self.quantisation.parts.get(tensor.key) if self.dequantized else None
+        if weight is not None:
+            return bf16_piece(weight.name, self.checkpoint, weight, slots)
+        info = self.checkpoint.tensors[tensor.key]
+        return sliced(tensor.key, info, tensor.dim, slots, tensor.rows, fill)
 
     def _novices(self, layer: LayerPlan, tensor: DiskTensor) -> list[Piece]:
         assert layer.novices_NH is not None
@@ -300,7 +387,7 @@ class _Surgeon:
             )
 
         def make() -> Tensor:
-            weight = self.checkpoint.read(tensor.key)
+            weight = self._values(tensor)
             if tensor.rows > 1:
                 weight = weight.view(-1, tensor.rows, weight.shape[-1])
             if tensor.expert is None:
@@ -317,6 +404,11 @@ class _Surgeon:
         self._zeroed += _zeros(mask, piece.shape, tensor) * (len(slots) - pads) // len(slots)
         return computed(piece, make)
 
+    def _values(self, tensor: DiskTensor) -> Tensor:
+        if tensor.quantised is None:
+            return self.checkpoint.read(tensor.key)
+        return read(self.checkpoint, tensor.quantised, dtype=torch.bfloat16)
+
     def config(self) -> dict[str, Any]:
         """The new config.json.
 
@@ -324,13 +416,21 @@ class _Surgeon:
             UnsupportedModelError: the number of experts is not where it should be.
         """
         config = set_counts(self.model, self.counts)
+        if self.dequantized:
+            config = without_description(config)
+        elif self.quantisation.method and any(p.dropped for p in self.plan.layers.values()):
+            kept = kept_by_module(self.model.sites, self.layout, self.plan)
+            config = with_description(config, lambda old: renumbered(old, kept))
+        if self.attached.dropped and self.attached.heads:
+            without_heads(config)
         if self.novices:
-            config["approximate_experts"] = {
+            text = config.get("text_config")  # with towers, the language model's part
+            (text if isinstance(text, dict) else config)["approximate_experts"] = {
                 str(index): list(layer.replaced)
                 for index, layer in sorted(self.plan.layers.items())
                 if layer.replaced
             }
-        return set_code(config, self.code)
+        return set_code(config, self.code, auto_classes(native_class(self.model.config)))
 
     @property
     def code(self) -> GeneratedCode | None:
@@ -346,13 +446,14 @@ class _Surgeon:
         """Sizes before and after."""
         before = sum(site.shape.experts for site in self.model.sites.values())
         gone = sum(len(p.dropped) + len(p.replaced) for p in self.plan.layers.values())
-        numel = self.checkpoint.numel
-        after = sum(math.prod(piece.shape) for piece in pieces)
+        numel = parameters(self.checkpoint)
+        after = sum(parameters_of(piece.name, piece.dtype, piece.shape) for piece in pieces)
         return Sizes(
             experts=(before, before - gone),
             parameters=(numel, after),
             nonzero=(numel, after - self._zeroed),
             bytes=(self.checkpoint.nbytes, sum(piece.nbytes for piece in pieces)),
+            attached=self.attached.counts(),
         )
 
 

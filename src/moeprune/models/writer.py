@@ -7,6 +7,7 @@ is known before its data, so memory is bounded by one piece and any dtype passes
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -84,9 +85,9 @@ def sliced(
     return Piece(name, info.dtype, shape, size, lambda: _read(info.file, ranges))
 
 
-def zeros(name: str, info: TensorInfo) -> Piece:
-    """A tensor of the dtype and shape of ``info`` whose bytes are all zero."""
-    return Piece(name, info.dtype, info.shape, info.nbytes, lambda: iter([bytes(info.nbytes)]))
+def zeros(piece: Piece) -> Piece:
+    """A tensor of the name, dtype and shape of ``piece`` whose bytes are all zero."""
+    return replace(piece, blocks=lambda: iter([bytes(piece.nbytes)]))
 
 
 def _filled(dtype: str, nbytes: int, value: float) -> bytes:
@@ -105,6 +106,17 @@ def computed(piece: Piece, make: Callable[[], Tensor]) -> Piece:
         yield _raw(make())
 
     return replace(piece, blocks=blocks)
+
+
+def produced(
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    parts: Callable[[], Iterator[Tensor]],
+) -> Piece:
+    """A tensor that is made part by part, in order of its first axis, when it is written."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return Piece(name, _TORCH_NAMES[dtype], shape, nbytes, lambda: map(_raw, parts()))
 
 
 def given(name: str, tensor: Tensor) -> Piece:

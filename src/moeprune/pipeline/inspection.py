@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from moeprune.errors import MoepruneError
+from moeprune.models.attached import KEEP_PRUNED, find_attached
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import expert_layout, refuse
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.quantised import parameters
 from moeprune.pipeline.inputs import Source, model_name
 
 
@@ -16,9 +18,10 @@ def inspect(source: Source) -> dict[str, Any]:
     """What a checkpoint is, without reading its weights."""
     checkpoint = Checkpoint.open(source)
     model = LayeredModel(checkpoint)
+    heads: list[str] = []
     try:
         refuse(model)
-        expert_layout(model)
+        heads = sorted(find_attached(model, expert_layout(model), KEEP_PRUNED, False).heads)
         reason = None
     except MoepruneError as error:
         reason = error.problem
@@ -31,10 +34,12 @@ def inspect(source: Source) -> dict[str, Any]:
         "model_type": text_config(model.config).model_type,
         "layers": len(model.layers),
         "moe_layers": sorted(model.sites),
-        "parameters": checkpoint.numel,
+        "parameters": (numel := parameters(checkpoint)),
         "bytes": checkpoint.nbytes,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantisation.method,
         "fingerprint": checkpoint.fingerprint,
+        "attached": heads,
         "supported": reason is None,
         "reason": reason,
     }
@@ -49,6 +54,6 @@ def inspect(source: Source) -> dict[str, Any]:
             "hidden": shapes[0].hidden,
             "intermediate": shapes[0].intermediate,
             "expert_parameters": routed,
-            "active_parameters": checkpoint.numel - idle,
+            "active_parameters": numel - idle,
         }
     return facts

@@ -17,6 +17,7 @@ from moeprune.errors import OutputError
 from moeprune.evaluation.perplexity import evaluate as evaluate_models
 from moeprune.files import refuse_existing
 from moeprune.models import data
+from moeprune.models.byte_exact import refuse_method
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.store import read_plan
 from moeprune.models.store import write_plan as save_plan
@@ -59,6 +60,9 @@ def apply(
     writing: Writing = Writing(),
 ) -> Sizes:
     """Write the checkpoint that a plan describes.
+
+    Of a quantised model every kept weight and scale keeps its bytes, unless ``writing`` says
+    otherwise.
 
     Raises:
         MoepruneError: the plan does not fit the model, or the output cannot be written.
@@ -120,13 +124,17 @@ def prune(
 ) -> Pruned:
     """calibrate + plan + apply. The plan is kept in the new checkpoint as well.
 
+    ``dequantize`` is as for ``apply``.
+
     Raises:
         MoepruneError: anything the user can mend; nothing is left behind.
     """
     refuse_existing(Path(out), force)
     chosen = method if isinstance(method, Method) else make_method(method, options)
     chosen.accept(budget)
-    _refuse_source(Checkpoint.open(source), Path(out))
+    checkpoint = Checkpoint.open(source)
+    _refuse_source(checkpoint, Path(out))
+    refuse_method(checkpoint, chosen.changes, writing.dequantize)
     reset_peak_memory()
     seconds: dict[str, float] = {}
     work = Path(tempfile.mkdtemp(prefix="moeprune-"))

@@ -85,7 +85,7 @@ def _difference(subject: Subject, reference: Reference, key: str, source: Source
     piece = copied(key, original)
     origin = f"{source.key} of the original"
     if source.zero:
-        piece, origin = zeros(key, original), "padding"
+        piece, origin = zeros(piece), "padding"
     elif source.table is not None:
         table_VK = reference.checkpoint.read(source.key)
         edit = source.table
