@@ -65,6 +65,48 @@ def test_deletion_in_every_family(base: Base, family: str) -> None:
 
 
 @pytest.mark.parametrize("planned", [True, False], ids=["plan", "no plan"])
+@pytest.mark.parametrize("family", ["fp8", "mxfp4"])
+def test_quantised_weights(copy: Base, base: Base, family: str, planned: bool) -> None:
+    directory = copy(f"{family}/deleted")
+    if not planned:
+        (directory / PLAN).unlink()
+        (directory / "moeprune.json").unlink()
+    result = moeprune.verify(directory, against=base(family))
+    assert result.passed(strict=True), result.findings
+    assert result.comparison["logits"]["equal"]
+
+
+@pytest.mark.parametrize("edit", ["deleted", "replaced"])
+def test_a_prediction_head_follows_the_last_layer(base: Base, edit: str) -> None:
+    result = moeprune.verify(base(f"with-head/{edit}"), against=base("with-head"))
+    assert result.passed(strict=True), result.findings
+
+
+def test_a_prediction_head_may_be_left_out(copy: Base, base: Base) -> None:
+    def drop(tensors: Tensors) -> None:
+        for key in [key for key in tensors if "layers.4." in key]:
+            del tensors[key]
+
+    directory = copy("with-head/deleted")
+    edit_tensors(drop)(directory)
+    result = moeprune.verify(directory, against=base("with-head"))
+    assert {f.rule for f in result.findings} == {"attached-heads", "provenance", "tokenizer"}
+    assert not result.of("error")
+
+
+def test_a_prediction_head_of_other_experts_is_found(copy: Base, base: Base) -> None:
+    def roll(tensors: Tensors) -> None:
+        key = "model.layers.4.mlp.gate.weight"
+        tensors[key] = tensors[key].roll(1, 0)
+
+    directory = copy("with-head/deleted")
+    edit_tensors(roll)(directory)
+    result = moeprune.verify(directory, against=base("with-head"))
+    # the decoder layers do not read it, so logits cannot tell
+    assert rules(result) == {"against-tensors"}
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["plan", "no plan"])
 @pytest.mark.parametrize("edit", ["padded", "padded-masked"])
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
 def test_padding(copy: Base, base: Base, family: str, edit: str, planned: bool) -> None:

@@ -41,6 +41,9 @@ CLEAN = (
     "gemma4_text/uneven",  # counts under a key of their own
     "gpt_oss/padded",
     "deepseek_v3/padded",
+    "fp8/deleted",
+    "mxfp4/deleted",
+    "with-head/deleted",
 )
 
 

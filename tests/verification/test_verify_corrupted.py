@@ -287,6 +287,13 @@ DAMAGES = (
         edit_config(per_layer_config=PER_LAYER), "layers.1.",
     ),
     Damage(
+        "more experts in one matrix than said", "dbrx", "expert-count",
+        lambda d: edit_json(
+            d / "config.json", lambda data: data["ffn_config"].update(moe_num_experts=6)
+        ),
+        "experts.",
+    ),
+    Damage(
         "more experts in blocks than said", "mxfp4", "expert-count",
         edit_config(num_local_experts=6), "_blocks",
     ),

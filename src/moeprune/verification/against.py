@@ -17,7 +17,8 @@ from moeprune.verification.edits import Edit, Mask
 from moeprune.verification.finding import ERROR, Finding, Found, Rule, Skip
 from moeprune.verification.logits import compare_logits
 from moeprune.verification.reference import Reference, Source
-from moeprune.verification.subject import CONFIG, AsFound, Subject
+from moeprune.verification.shards import AsFound
+from moeprune.verification.subject import CONFIG, Subject
 
 _AGAIN = "apply the plan to the original again"
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from moeprune.models.native import knows_class, knows_type
 from moeprune.verification.finding import ERROR, NOTE, WARNING, Finding, Found, Rule, Skip
-from moeprune.verification.subject import CONFIG, Subject, first_line, number, read_json
+from moeprune.verification.shards import read_json
+from moeprune.verification.subject import CONFIG, Subject, first_line, number
 
 _GENERATION = "generation_config.json"
 

@@ -10,7 +10,7 @@ from typing import Any
 from moeprune.core.plan import FORMAT
 from moeprune.core.shapes import ROLES
 from moeprune.errors import PlanError
-from moeprune.verification.subject import read_json
+from moeprune.verification.shards import read_json
 
 _PATTERN = re.compile(r"(\d{1,4}):(\d{1,4})")
 
@@ -39,6 +39,11 @@ class Edit:
     keep: tuple[int, ...]
     replaced: tuple[int, ...] = ()
     mask: Mask | None = None
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """Every expert."""
+        return tuple(range(self.experts))
 
     @property
     def dropped(self) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from moeprune.models.checkpoint import INDEX
 from moeprune.verification.finding import ERROR, WARNING, Finding, Found, Rule, Skip
-from moeprune.verification.subject import CONFIG, SINGLE, Subject, read_json
+from moeprune.verification.shards import SINGLE, read_json
+from moeprune.verification.subject import CONFIG, Subject
 
 _AGAIN = "copy or write the checkpoint again"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")

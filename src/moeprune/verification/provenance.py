@@ -10,7 +10,8 @@ from moeprune.files import sha256_bytes
 from moeprune.models.surgery import PLAN_COPY, PROVENANCE
 from moeprune.verification.edits import Edit, read_edits
 from moeprune.verification.finding import ERROR, WARNING, Finding, Found, Rule, Skip
-from moeprune.verification.subject import Subject, read_json
+from moeprune.verification.shards import read_json
+from moeprune.verification.subject import Subject
 
 _FORMAT = "moeprune.checkpoint/1"
 _AGAIN = "apply the plan to the original again"
@@ -38,10 +39,9 @@ def record(subject: Subject) -> Found:
         problem = f"it is not the plan that {PROVENANCE} names: their SHA-256 differ"
         yield Finding("provenance", ERROR, PLAN_COPY, None, problem, _AGAIN)
     subject.require_all()
-    stored = {
-        "parameters": sum(info.numel for info in subject.tensors.values()),
-        "tensor_bytes": sum(info.nbytes for info in subject.tensors.values()),
-    }
+    stored = {"tensor_bytes": sum(info.nbytes for info in subject.tensors.values())}
+    if subject.quantised is None:  # otherwise a value on disk may be half a weight, or a scale
+        stored["parameters"] = sum(info.numel for info in subject.tensors.values())
     for key, after in stored.items():
         sizes = found.get(key)
         if not isinstance(sizes, list) or sizes[1:] != [after]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from moeprune.models.surgery import PLAN_COPY
 from moeprune.models.writer import sliced
 from moeprune.verification.edits import Edit, Mask, read_edits
 from moeprune.verification.finding import Skip
-from moeprune.verification.subject import Subject, read_json
+from moeprune.verification.shards import read_json
+from moeprune.verification.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -194,12 +195,18 @@ class Reference:
 
     def sources(self) -> Iterator[tuple[str, Source]]:
         """(name in the checkpoint, where it comes from) of every tensor that must be there."""
+        without_heads = not any(self.subject.attached(key) for key in self.subject.tensors)
         for key, info in self.checkpoint.tensors.items():
-            tensor = self.layout.get(key)
+            head = self.subject.attached(key) and key not in self.layout
+            if head and without_heads:
+                continue  # left out: the rule 'attached-heads' knows whether config.json says so
+            tensor = self._head_tensor(key) if head else self.layout.get(key)
             edit = None if tensor is None else self.edits.get(tensor.layer)
             if tensor is None or edit is None:
                 yield key, Source(key)
                 continue
+            if head:  # neither constants nor masks: a head was not observed
+                edit = replace(edit, mask=None) if edit.dropped else Edit(edit.experts, edit.all)
             slots = self._slots(tensor.layer, edit)
             if tensor.role == "table":
                 yield key, Source(key, table=edit if edit.dropped else None)
@@ -218,6 +225,19 @@ class Reference:
                 if tensor.expert == edit.keep[0]:
                     for number in (n for n, expert in enumerate(slots) if expert is None):
                         yield tensor.renamed(number), Source(key, zero=True)
+
+    def _head_tensor(self, key: str) -> DiskTensor | None:
+        """What a prediction head's tensor is, by the one in its place in the last MoE layer."""
+        last = max(self.model.sites)
+        own = {
+            name.partition(f".{last}.")[2]: tensor
+            for name, tensor in self.layout.items()
+            if tensor.layer == last
+        }
+        parts = key.split(".")
+        ends = (".".join(parts[start:]) for start in range(1, len(parts)))
+        found = next((own[end] for end in ends if end in own), None)
+        return None if found is None else replace(found, key=key)
 
     def _slots(self, layer: int, edit: Edit) -> Slots:
         """The original's expert of each that the router selects among; None is padding."""

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from moeprune.models.loading import LayeredModel
 from moeprune.models.scan import digest
+from moeprune.models.special import flat_matrices
 from moeprune.models.writer import copied
 from moeprune.verification.experts import troubled
 from moeprune.verification.finding import ERROR, WARNING, Finding, Found, Rule, Skip
-from moeprune.verification.subject import COMPANIONS, CONFIG, AsFound, Subject, layer_in_name
+from moeprune.verification.shards import AsFound
+from moeprune.verification.subject import COMPANIONS, CONFIG, Subject, layer_in_name
 
 _TOGETHER = "config.json and the weights do not belong together: copy or write both again"
 
@@ -144,12 +146,20 @@ def expert_count(subject: Subject) -> Found:
                 yield subject.at("expert-count", ERROR, key, problem, _count_remedy(subject))
     for misfit in fit(subject).misfits:
         if misfit.kind == "count" and misfit.layer not in layers:
+            layers.add(misfit.layer)
+            rows = _rows_per_expert(subject.model, misfit)
             problem = (
-                f"layer {misfit.layer} has {misfit.found[0]} experts, "
-                f"config.json says {misfit.expected[0]}"
+                f"layer {misfit.layer} has {misfit.found[0] // rows} experts, "
+                f"config.json says {misfit.expected[0] // rows}"
             )
             remedy = _count_remedy(subject)
             yield subject.at("expert-count", ERROR, misfit.key, problem, remedy)
+
+
+def _rows_per_expert(model: LayeredModel, misfit: Misfit) -> int:
+    site = model.sites[misfit.layer]
+    flat = misfit.name.removeprefix(f"{site.experts_name}.") in flat_matrices(site.experts)
+    return site.shape.intermediate if flat else 1
 
 
 def _count_remedy(subject: Subject) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moeprune.errors import CheckpointError, UnsupportedModelError
+from moeprune.errors import UnsupportedModelError
 from moeprune.models import quirks
-from moeprune.models.checkpoint import INDEX, Checkpoint, TensorInfo, read_header
+from moeprune.models.checkpoint import INDEX, TensorInfo
 from moeprune.models.loading import LayeredModel
 from moeprune.models.scan import FLOAT_DTYPES, Scan, scan
 from moeprune.verification.finding import Finding, Skip
+from moeprune.verification.shards import AsFound, Shards, read_json
 
 if TYPE_CHECKING:
     from moeprune.verification.reference import Reference
     from moeprune.verification.shapes import Fit
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
 LAYER_COUNT_KEYS = ("num_hidden_layers", "num_layers", "n_layers")
 COMPANIONS = ("_scale_inv", "_scale", "_scales", "_blocks", "_packed", "_zero_point", "_g_idx")
 """Endings of tensors that stand beside a quantised weight, or for it."""
@@ -53,60 +52,6 @@ class Group:
     matrices: dict[int, dict[str, str]] = field(default_factory=dict)
     novices: dict[int, str] = field(default_factory=dict)
     twice: list[str] = field(default_factory=list)
-
-
-class AsFound(Checkpoint):
-    """The tensors that can be found, where a damaged checkpoint would be refused."""
-
-    @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """All tensors of the shards that can be read."""
-        return Shards(self.path).tensors
-
-
-class Shards:
-    """The weight files that transformers would open, and what is wrong with them."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.headers: dict[str, dict[str, TensorInfo]] = {}
-        self.damaged: dict[str, str] = {}
-        self.absent: list[str] = []
-        self.twice: list[tuple[str, str, str]] = []
-        self.tensors: dict[str, TensorInfo] = {}
-        self.names = self._names()
-        for name in self.names:
-            try:
-                self.headers[name], _ = read_header(path / name)
-            except (CheckpointError, OSError) as error:
-                if (path / name).is_file():
-                    self.damaged[name] = getattr(error, "problem", str(error))
-                else:
-                    self.absent.append(name)
-                continue
-            for key, info in sorted(self.headers[name].items(), key=lambda item: item[1].begin):
-                if key in self.tensors:
-                    self.twice.append((key, self.tensors[key].file.name, name))
-                else:
-                    self.tensors[key] = info
-
-    def _names(self) -> list[str]:
-        index = read_json(self.path / INDEX)
-        if isinstance(index, dict):
-            files = index.get("weight_map")
-            listed = set(map(str, files.values())) if isinstance(files, dict) else set()
-            return sorted(name for name in listed if Path(name).name == name)
-        if (self.path / SINGLE).is_file():
-            return [SINGLE]
-        return sorted(file.name for file in self.path.glob("*.safetensors"))
-
-
-def read_json(file: Path) -> Any:
-    """The content of a JSON file; None if it is not there or is not JSON."""
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def number(part: Mapping[str, Any], key: str) -> int | None:

@@ -14,7 +14,8 @@ from moeprune.errors import DataError
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.data import load_tokenizer
 from moeprune.verification.finding import ERROR, NOTE, Finding, Found, Rule, Skip
-from moeprune.verification.subject import Subject, number, read_json
+from moeprune.verification.shards import read_json
+from moeprune.verification.subject import Subject, number
 
 _FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
