@@ -22,10 +22,12 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/calibration.py
 
-# Regenerates every committed figure that depends on the embedded model's weights.
+# Regenerates every committed figure and table.
 figures: $(STAMP)
 	$(BIN)/python tests/golden/make.py
 	$(BIN)/python benchmarks/demo_figures.py
+	$(BIN)/python benchmarks/verify_rules.py
+	$(BIN)/python tests/architectures.py
 
 # torch is installed first and by its exact version: only then is it the CPU build.
 $(STAMP): pyproject.toml constraints.txt

@@ -17,7 +17,7 @@ from families import token_ids
 from moeprune import __version__
 from moeprune.core.accumulators import LIGHT
 from moeprune.core.statistics import LayerStatistics
-from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.checkpoint import Checkpoint, demo_path
 from moeprune.models.store import StatisticsStore, read_plan
 from running import Done, Run
 from support import tree
@@ -59,6 +59,42 @@ def test_inspect(run: Run) -> None:
     # 6 layers of 32 experts of three matrices of 192 x 96; 28 of 32 are idle
     assert facts["expert_parameters"] == 6 * 32 * 3 * 192 * 96
     assert facts["active_parameters"] == checkpoint.numel - 6 * 28 * 3 * 192 * 96
+
+
+@pytest.mark.parametrize("given", ["config.json", "."])
+def test_inspect_of_a_configuration_alone(run: Run, given: str, tmp_path: Path) -> None:
+    """Sizes follow from it; what only the tensors' names tell is left open."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((demo_path() / "config.json").read_bytes())
+    facts = as_json(run("inspect", folder / given, "--json"))
+    whole = as_json(run("inspect", "demo", "--json"))
+    same = ("parameters", "active_parameters", "expert_parameters", "experts", "gates", "can")
+    assert {key: facts[key] for key in same} == {key: whole[key] for key in same}
+    assert facts["name"] == "alone"
+    assert facts["bytes"] is None and facts["fingerprint"] is None
+
+
+def test_inspect_of_pickles_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.json").write_bytes((demo_path() / "config.json").read_bytes())
+    (tmp_path / "a/pytorch_model.bin").write_bytes(b"")
+    done = run("inspect", tmp_path / "a")
+    assert done.code == 2 and "pytorch_model.bin" in done.err
+
+
+def test_inspect_of_uneven_layers(run: Run) -> None:
+    assert run("prune", "demo", "--method", "moeits", "--tau", 2.5, "--out", "uneven").code == 0
+    facts = as_json(run("inspect", "uneven", "--json"))
+    assert len(set(facts["experts"])) > 1 and facts["supported"] is True
+
+
+def test_models(run: Run) -> None:
+    result = as_json(run("models", "--json"))
+    assert result["transformers"] == result["installed"]
+    assert result["architectures"]["mixtral"]["delete"] == "exact"
+    done = run("models")
+    assert done.err == "" and "qwen3_moe" in done.out and "refused" in done.out
 
 
 def test_inspect_for_people(run: Run) -> None:

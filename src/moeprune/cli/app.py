@@ -11,6 +11,7 @@ import typer
 
 from moeprune import __version__
 from moeprune.cli import output
+from moeprune.cli.models import models
 from moeprune.cli.options import (
     AsJson,
     Data,
@@ -327,6 +328,7 @@ def evaluate(
 
 
 app.command()(verify)
+app.command()(models)
 
 
 @app.command()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +93,14 @@ def _parameters(model: LayeredModel, numel: int) -> dict[str, int]:
         "expert_parameters": routed,
         "shared_expert_parameters": shared,
     }
+
+
+def architectures() -> dict[str, Any]:
+    """What was measured about every architecture of the tested transformers; see the tests.
+
+    Returns:
+        ``transformers`` (the version that was measured), ``installed``, ``columns`` and, by model
+        type and column, ``architectures``.
+    """
+    text = (files("moeprune.assets") / "architectures.json").read_text(encoding="utf-8")
+    return {**json.loads(text), "installed": version("transformers")}
