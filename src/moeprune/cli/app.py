@@ -28,6 +28,7 @@ from moeprune.cli.options import (
     Sequences,
     Statistics,
     Tau,
+    Trust,
     Workers,
     parse_budget,
     parse_compute,
@@ -50,14 +51,14 @@ _INTERRUPTED = 130
 
 
 @app.command()
-def inspect(model: Model, as_json: AsJson = False) -> None:
+def inspect(model: Model, trust_remote_code: Trust = False, as_json: AsJson = False) -> None:
     """Say what a checkpoint is, without reading its weights.
 
     Example: `moeprune inspect demo`
     """
     from moeprune.pipeline import stages
 
-    facts = stages.inspect(model)
+    facts = stages.inspect(model, trust_remote_code)
     if as_json:
         output.print_json(facts)
     else:
@@ -79,6 +80,7 @@ def calibrate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    trust_remote_code: Trust = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -96,7 +98,7 @@ def calibrate(
             out,
             parse_text(data, sequences, length, seed),
             names,
-            parse_compute(dtype, device, workers),
+            parse_compute(dtype, device, workers, trust_remote_code),
             force,
             progress,
         )
@@ -146,6 +148,7 @@ def plan(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    trust_remote_code: Trust = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -165,7 +168,7 @@ def plan(
             statistics,
             parse_text(data, sequences, length, seed),
             parse_options(option),
-            parse_compute(dtype, device, workers),
+            parse_compute(dtype, device, workers, trust_remote_code),
             seed,
             progress,
         )
@@ -194,6 +197,7 @@ def apply(
     model: Model,
     plan: Annotated[Path, typer.Option(help="Output of **moeprune plan**.")],
     out: Annotated[Path, typer.Option(help="Directory for the new checkpoint.")],
+    trust_remote_code: Trust = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -204,7 +208,7 @@ def apply(
     from moeprune.pipeline import stages
 
     with output.progress_bars() as progress:
-        sizes = stages.apply(model, plan, out, force, progress)
+        sizes = stages.apply(model, plan, out, force, progress, trust_remote_code)
     output.print_sizes(out, sizes, {}, as_json)
 
 
@@ -226,6 +230,7 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    trust_remote_code: Trust = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -244,7 +249,7 @@ def prune(
             parse_text(data, sequences, length, seed),
             parse_options(option),
             statistics,
-            parse_compute(dtype, device, workers),
+            parse_compute(dtype, device, workers, trust_remote_code),
             seed,
             force,
             progress,
@@ -272,6 +277,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure held-out perplexity per domain and, against a teacher, KL and agreement.
@@ -285,7 +291,7 @@ def evaluate(
             model,
             teacher,
             parse_text(data, sequences, length, 0),
-            parse_compute(dtype, device, workers),
+            parse_compute(dtype, device, workers, trust_remote_code),
             progress,
         )
     if as_json:

@@ -24,23 +24,31 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moeprune.errors import CheckpointError, UnsupportedModelError
+from moeprune.errors import CheckpointError, MoepruneError, UnsupportedModelError
 from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
-from moeprune.models.runtime import novice_class
+from moeprune.models.native import first_line, quiet_transformers, read_config, text_config
+from moeprune.models.runtime import model_class
 from moeprune.models.sites import MoESite, find_sites, is_experts
 
 RESIDENT = -1
 """Key of the tensors outside the decoder layers: embeddings, final norm, head."""
 
 
-def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The model with parameters on meta and real buffers (rotary tables, correction biases)."""
-    cls = native_class(config)
-    if getattr(text_config(config), "approximate_experts", None):
-        cls = novice_class(cls)
-    with quiet_transformers(), init_empty_weights(include_buffers=False):
-        model: nn.Module = cls._from_config(config, dtype=dtype).eval()
+def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model with parameters on meta and real buffers (rotary tables, correction biases).
+
+    Raises:
+        UnsupportedModelError: the class ``cls`` cannot be made with this configuration.
+    """
+    try:
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            model: nn.Module = cls._from_config(config, dtype=dtype).eval()
+    except MoepruneError:
+        raise
+    except Exception as error:  # whatever a model makes of nonsense
+        raise UnsupportedModelError(
+            f"{cls.__name__} cannot be made from config.json", first_line(error)
+        ) from error
     return model
 
 
@@ -96,7 +104,10 @@ class LayeredModel:
         stored = getattr(text_config(self.config), "dtype", None) or torch.float32
         self.dtype = dtype or stored
         self.device = torch.device(device)
-        self.model: Any = skeleton(self.config, self.dtype)
+        if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
+            raise UnsupportedModelError(f"{checkpoint.path}: models of {stored} cannot be computed")
+        cls = model_class(checkpoint, self.config)
+        self.model: Any = skeleton(cls, self.config, self.dtype)
         self.prefix, self.layers = find_layers(self.model)
         self.sites: dict[int, MoESite] = find_sites(self.model, self.prefix)
         self._mapping = get_model_conversion_mapping(self.model, None, None)
@@ -191,9 +202,6 @@ class LayeredModel:
         for key, (name, _) in self._names.items():
             if name is not None and self.group(name) == group:
                 files.setdefault(self.checkpoint.tensors[key].file, []).append(key)
-        # opened per layer, so that mapped pages of earlier layers do not stay resident
-        handles = [(safe_open(file, "pt"), keys) for file, keys in files.items()]
-        state = {key: handle.get_slice(key) for handle, keys in handles for key in keys}
         config = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
@@ -201,6 +209,9 @@ class LayeredModel:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
         )
         try:
+            # opened per layer, so that mapped pages of earlier layers do not stay resident
+            handles = [(safe_open(file, "pt"), keys) for file, keys in files.items()]
+            state = {key: handle.get_slice(key) for handle, keys in handles for key in keys}
             with quiet_transformers():
                 info, _ = convert_and_load_state_dict_in_model(self.model, state, config, None)
         except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""transformers' own classes and configurations, without advice, progress bars or remote code."""
+"""transformers' own classes and configurations, without advice and progress bars."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from moeprune.errors import UnsupportedModelError
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.sanity import refuse_absurd
 
 
 @contextmanager
@@ -29,20 +30,35 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
-    """The transformers configuration of a checkpoint; remote code never runs.
+    """The transformers configuration of a checkpoint.
+
+    Remote code runs only if the checkpoint was opened with ``trust_remote_code``.
 
     Raises:
+        CheckpointError: its numbers cannot be those of the checkpoint.
         UnsupportedModelError: transformers does not know the architecture.
     """
+    refuse_absurd(checkpoint)
+    trust = checkpoint.trust_remote_code
     try:
-        return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        kind = checkpoint.config.get("model_type", "without model_type")
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
+    except Exception as error:  # whatever a configuration class makes of what it is given
+        kind = str(checkpoint.config.get("model_type", "without model_type"))
+        hint = first_line(error)
+        if not trust and isinstance(checkpoint.config.get("auto_map"), dict):
+            hint = "it brings its own code: if you trust that, read it and add --trust-remote-code"
+        where = f"{checkpoint.path} (model {kind[:80]!r})"
         raise UnsupportedModelError(
-            f"transformers cannot read the configuration of {checkpoint.path} (model {kind!r})",
-            first[:200],
+            f"transformers cannot read the configuration of {where}", hint
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
 def native_class(config: Any) -> Any:

@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from moeprune.errors import UnsupportedModelError
 from moeprune.models import novice_runtime
 from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
+from moeprune.models.native import (
+    first_line,
+    native_class,
+    quiet_transformers,
+    read_config,
+    text_config,
+)
 
 RUNTIME_FILE = "moeprune_novices.py"
 MODELING_FILE = "modeling_moeprune.py"
@@ -36,6 +44,40 @@ def novice_class(native: type[nn.Module]) -> type[Any]:
     return type(f"Novice{native.__name__}", bases, {"__module__": __name__})
 
 
+def remote_class(checkpoint: Checkpoint, config: Any) -> Any | None:
+    """The class in the checkpoint's own files, if it names one and they may run.
+
+    Files that moeprune generated never run from a checkpoint: anyone could have changed them, and
+    the package has the same classes.
+
+    Raises:
+        UnsupportedModelError: the files cannot be loaded.
+    """
+    names = getattr(config, "auto_map", None)
+    name = names.get("AutoModelForCausalLM") if isinstance(names, dict) else None
+    ours = str(name).startswith(MODELING_FILE.removesuffix(".py") + ".")
+    if name is None or ours or not checkpoint.trust_remote_code:
+        return None
+    try:
+        return get_class_from_dynamic_module(name, str(checkpoint.path))
+    except Exception as error:  # whatever that code raises
+        raise UnsupportedModelError(
+            f"the code that {checkpoint.path} brings cannot be loaded ({str(name)[:80]!r})",
+            first_line(error),
+        ) from error
+
+
+def model_class(checkpoint: Checkpoint, config: Any) -> Any:
+    """The class that a checkpoint is opened with: our own for novices, remote, or native.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    if getattr(text_config(config), "approximate_experts", None):
+        return novice_class(native_class(config))
+    return remote_class(checkpoint, config) or native_class(config)
+
+
 def modeling_files(native: type[nn.Module]) -> dict[str, str]:
     """The two files that let a novice checkpoint open without moeprune, by name."""
     modeling = _MODELING.format(
@@ -49,6 +91,7 @@ def load(
     source: str | os.PathLike[str],
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Any:
     """Open any result of moeprune, or a stock checkpoint, as a transformers model in eval mode.
 
@@ -56,16 +99,20 @@ def load(
         source: directory, hub id, or ``demo``.
         dtype: ``"auto"`` takes the checkpoint's own.
         device: where to put the weights.
+        trust_remote_code: run the checkpoint's own Python files, if it brings some.
 
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
         UnsupportedModelError: transformers does not know the architecture.
     """
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, trust_remote_code)
     config = read_config(checkpoint)
     cls: Any = AutoModelForCausalLM
+    trust = {"trust_remote_code": remote_class(checkpoint, config) is not None}
     if getattr(text_config(config), "approximate_experts", None):
-        cls = novice_class(native_class(config))
+        cls, trust = novice_class(native_class(config)), {}
     with quiet_transformers():
-        model = cls.from_pretrained(checkpoint.path, dtype=dtype, device_map={"": device})
+        model = cls.from_pretrained(
+            checkpoint.path, dtype=dtype, device_map={"": device}, use_safetensors=True, **trust
+        )
     return model.eval()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import native_class
-from moeprune.models.runtime import MODELING_FILE, modeling_files
+from moeprune.models.runtime import MODELING_FILE, modeling_files, remote_class
 from moeprune.models.sites import MoESite
 from moeprune.models.writer import Piece, computed, copied, given, sliced, write_shards
 
@@ -71,13 +72,14 @@ def apply_plan(
     surgeon = _Surgeon(model, plan, layout)
     pieces = surgeon.pieces()
     config = surgeon.config()
+    others = checkpoint.other_files()
     with new_directory(out, force) as work:
         write_shards(work, pieces, progress=progress)
         # raw JSON, edited: vendors' own key names stay
         (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        for file in checkpoint.other_files():
+        for file in others:
             if file.name not in (PROVENANCE, PLAN_COPY):
-                (work / file.name).write_bytes(file.read_bytes())
+                shutil.copyfile(file, work / file.name)
         for name, text in surgeon.code().items():
             (work / name).write_text(text, encoding="utf-8")
         sizes = surgeon.sizes(pieces)
@@ -245,6 +247,11 @@ class _Surgeon:
             before = next(iter(self.model.sites.values())).shape.experts
             _set_expert_count(config, before, before - self.dropped)
         if self.novices:
+            if remote_class(self.checkpoint, self.model.config) is not None:
+                raise UnsupportedModelError(
+                    f"{self.checkpoint.path} has classes of its own, which novices cannot extend",
+                    "plan with a method that deletes experts",
+                )
             native = native_class(self.model.config)
             config["approximate_experts"] = {
                 str(index): list(layer.replaced)
@@ -252,6 +259,8 @@ class _Surgeon:
                 if layer.replaced
             }
             stem = MODELING_FILE.removesuffix(".py")
+            # no stock class's name: a server that goes by it would leave the constants out
+            config["architectures"] = [f"Novice{native.__name__}"]
             config["auto_map"] = {"AutoModelForCausalLM": f"{stem}.Novice{native.__name__}"}
         return config
 

@@ -12,9 +12,9 @@ from moeprune.models.native import text_config
 from moeprune.pipeline.inputs import Source, model_name
 
 
-def inspect(source: Source) -> dict[str, Any]:
+def inspect(source: Source, trust_remote_code: bool = False) -> dict[str, Any]:
     """What a checkpoint is, without reading its weights."""
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, trust_remote_code)
     model = LayeredModel(checkpoint)
     try:
         refuse(model)
@@ -27,7 +27,7 @@ def inspect(source: Source) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "name": model_name(source),
         "path": str(checkpoint.path),
-        "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
+        "architecture": _architecture(checkpoint),
         "model_type": text_config(model.config).model_type,
         "layers": len(model.layers),
         "moe_layers": sorted(model.sites),
@@ -52,3 +52,8 @@ def inspect(source: Source) -> dict[str, Any]:
             "active_parameters": checkpoint.numel - idle,
         }
     return facts
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    named = checkpoint.config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else "?"

@@ -55,6 +55,7 @@ def apply(
     out: Source,
     force: bool = False,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> Sizes:
     """Write the checkpoint that a plan describes.
 
@@ -63,7 +64,7 @@ def apply(
     """
     out = Path(out)
     refuse_existing(out, force)
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, trust_remote_code)
     _refuse_source(checkpoint, out)
     chosen = plan_or_path if isinstance(plan_or_path, Plan) else read_plan(Path(plan_or_path))
     return apply_plan(
@@ -142,7 +143,7 @@ def prune(
         )
         seconds["plan"] = time.perf_counter() - start
         start = time.perf_counter()
-        sizes = apply(source, made, out, force, progress)
+        sizes = apply(source, made, out, force, progress, compute.trust_remote_code)
         seconds["apply"] = time.perf_counter() - start
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -163,10 +164,10 @@ def evaluate(
     Raises:
         MoepruneError: anything the user can mend.
     """
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     models = {"model": compute.open(checkpoint)}
     if teacher is not None:
-        models["teacher"] = compute.open(Checkpoint.open(teacher))
+        models["teacher"] = compute.open(Checkpoint.open(teacher, compute.trust_remote_code))
     domains = read_heldout(checkpoint, text)
     results = evaluate_models(
         models,
