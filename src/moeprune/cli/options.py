@@ -62,6 +62,10 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Torch device.")]
 Workers = Annotated[int, typer.Option(min=0, help="Batches computed at once; 0: one per core.")]
 
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python files that the model brings.")
+]
+
 
 def parse_budget(
     ratio: float | None,
@@ -96,8 +100,8 @@ def parse_text(data: list[str] | None, sequences: int, length: int, seed: int) -
     return Text(tuple(data or ()), sequences, length, seed)
 
 
-def parse_compute(dtype: str, device: str, workers: int) -> Compute:
+def parse_compute(dtype: str, device: str, workers: int, trust: bool = False) -> Compute:
     """Where to compute."""
     from moeprune.pipeline.stages import Compute
 
-    return Compute(device, dtype, workers)
+    return Compute(device, dtype, workers, trust)

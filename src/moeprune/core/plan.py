@@ -7,7 +7,6 @@ in docs/formats.md.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import PlanError
+from moeprune.files import json_bytes
 
 FORMAT = "moeprune.plan/1"
 
@@ -227,8 +227,11 @@ class Plan:
             versions=_get(data, "versions", dict, "plan"),
         )
         try:
-            json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
-        except ValueError as error:  # infinite numbers and half characters: Python reads, JSON not
+            json_bytes(data)
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # infinite numbers and half characters: Python reads, JSON not
             raise PlanError(f"plan: holds what JSON cannot: {error}") from error
         return plan
 
@@ -359,9 +362,12 @@ def _is_number(value: Any) -> bool:
 
 def _numbers(entry: dict[str, Any], name: str, where: str) -> tuple[float | None, ...]:
     values = _get(entry, name, list, where)
-    if not all(value is None or _is_number(value) for value in values):
-        raise PlanError(f"{where}: {name!r} is not a list of numbers")
-    return tuple(values)
+    try:
+        if all(value is None or _is_number(value) for value in values):
+            return tuple(None if value is None else float(value) for value in values)
+    except OverflowError:
+        pass  # an integer of hundreds of digits
+    raise PlanError(f"{where}: {name!r} is not a list of numbers")
 
 
 def _texts(entry: dict[str, Any], name: str, where: str) -> tuple[str, ...]:

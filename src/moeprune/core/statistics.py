@@ -109,7 +109,8 @@ class LayerStatistics:
         Raises:
             MoepruneError: a tensor is missing or has another shape than the layer asks for.
         """
-        result = cls.empty(shape, {key.split(".", 1)[0] for key in tensors})
+        # nothing is allocated for the sizes that a file claims, only for what it holds
+        result = cls.empty(shape, {key.split(".", 1)[0] for key in tensors}, "meta")
         result.tokens = tokens
         for name, part in result.parts.items():
             for field_name, blank in part.tensors():

@@ -116,14 +116,16 @@ def _text_of(line: str, where: str) -> str:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; remote code never runs.
+    """The checkpoint's tokenizer; its own code runs only if it was opened with that consent.
 
     Raises:
         DataError: there is none.
     """
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.path, trust_remote_code=checkpoint.trust_remote_code
+            )
         # without files, some classes make a tokenizer of nothing but special tokens
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise ValueError("its vocabulary is empty")

@@ -38,7 +38,7 @@ from moeprune.models.generated import (
 from moeprune.models.layout import DiskTensor
 from moeprune.models.loading import LayeredModel
 from moeprune.models.masking import is_masked, zero_masked, zeros_of
-from moeprune.models.native import auto_classes, native_class
+from moeprune.models.native import model_class, native_class, remote_class
 from moeprune.models.quantised import (
     bf16_piece,
     parameters,
@@ -279,15 +279,21 @@ class Editor:
                 for index, layer in sorted(self.plan.layers.items())
                 if layer.replaced
             }
-        return set_code(config, self.code, auto_classes(native_class(self.model.config)))
+        return set_code(config, self.code, model_class(self.checkpoint, self.model.config))
 
     @property
     def code(self) -> GeneratedCode | None:
         """Classes that the checkpoint needs to open; None where stock ones do."""
-        native = native_class(self.model.config)
+        uneven = len(set(self.counts.values())) > 1
+        if (self.novices or uneven) and remote_class(self.checkpoint, self.model.config):
+            raise UnsupportedModelError(
+                f"{self.checkpoint.path} has classes of its own, which ours cannot extend",
+                "delete the same number of experts in every layer",
+            )
         if self.novices:
-            return novice_code(native)
-        if len(set(self.counts.values())) > 1:
+            return novice_code(native_class(self.model.config))
+        if uneven:
+            native = native_class(self.model.config)
             return uneven_code(native, resize_facts(self.model.model, self.model.prefix))
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pprint
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from moeprune.models import novice_runtime, uneven_runtime
+from moeprune.models.native import GENERATED_MODULE, auto_classes
 
-MODELING_FILE = "modeling_moeprune.py"
+MODELING_FILE = f"{GENERATED_MODULE}.py"
 NOVICE_FILE = "moeprune_novices.py"
 UNEVEN_FILE = "moeprune_uneven.py"
 CODE_FILES = (MODELING_FILE, NOVICE_FILE, UNEVEN_FILE)
@@ -79,15 +80,18 @@ def _code(
 
 
 def set_code(
-    config: dict[str, Any], code: GeneratedCode | None, auto_classes: Sequence[str]
+    config: dict[str, Any], code: GeneratedCode | None, native: type[nn.Module]
 ) -> dict[str, Any]:
     """Name the generated class in config.json, or no longer name one of ours."""
-    stem = MODELING_FILE.removesuffix(".py")
-    auto_map = config.pop("auto_map", {})
-    auto_map = {auto: name for auto, name in auto_map.items() if not name.startswith(f"{stem}.")}
+    before = config.pop("auto_map", None) or {}
+    others = {a: n for a, n in before.items() if not str(n).startswith(f"{GENERATED_MODULE}.")}
     if code is not None:
-        auto_map |= dict.fromkeys(auto_classes, f"{stem}.{code.name}")
-    return {**config, "auto_map": auto_map} if auto_map else config
+        # no stock class's name: a server that goes by it would leave our part out
+        config["architectures"] = [code.name]
+        others |= dict.fromkeys(auto_classes(native), f"{GENERATED_MODULE}.{code.name}")
+    elif others != before:
+        config["architectures"] = [native.__name__]
+    return {**config, "auto_map": others} if others else config
 
 
 def novice_class(native: type[nn.Module]) -> type[Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Interleave, MergeModulelist, Transpose
 
-from moeprune.errors import UnsupportedModelError
+from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.loading import LayeredModel
@@ -96,7 +96,10 @@ def expert_layout(model: LayeredModel) -> dict[str, DiskTensor]:
             tensor = _part_of(tensor, key, part)
         if tensor is not None:
             found[key] = tensor
-    return found | _companions(unknown, found, model)
+    found |= _companions(unknown, found, model)
+    for site in model.sites.values():
+        _refuse_incomplete([t for t in found.values() if t.layer == site.shape.layer], site)
+    return found
 
 
 def _part_of(weight: DiskTensor, key: str, part: Quantised) -> DiskTensor | None:
@@ -149,12 +152,33 @@ def _not_loaded(key: str) -> UnsupportedModelError:
     )
 
 
+def _refuse_incomplete(tensors: list[DiskTensor], site: MoESite) -> None:
+    """Raise unless every matrix of every expert of a layer is stored, and of no other expert."""
+    stored: dict[str, set[int | None]] = {}
+    for tensor in tensors:
+        for role in ("gate", "up") if tensor.role == "gate_up" else (tensor.role,):
+            stored.setdefault(role, set()).add(tensor.expert)
+    for role in site.shape.roles:
+        ids = stored.get(role, set())
+        if ids not in ({None}, set(range(site.shape.experts))):
+            raise CheckpointError(
+                f"layer {site.shape.layer} has {site.shape.experts} experts by its configuration, "
+                f"but {len(ids)} {role} matrices are stored, or not those of its experts",
+                "the checkpoint is incomplete, or not of this config.json",
+            )
+
+
 def refuse(model: LayeredModel) -> None:
     """Raise ``UnsupportedModelError`` if the model has no experts, or none that we can edit."""
     kind = text_config(model.config).model_type
     for name in (kind, model.config.model_type):
         if name in quirks.REFUSED:
             raise UnsupportedModelError(f"{name} is not supported: {quirks.REFUSED[name]}")
+    if not model.sites and type(model.model).__module__.startswith("transformers_modules."):
+        raise UnsupportedModelError(
+            f"the classes that {model.checkpoint.path} brings have no experts modules of the kind "
+            "that transformers has: their experts cannot be found"
+        )
     if not model.sites:
         raise UnsupportedModelError(
             f"{model.checkpoint.path} is a dense model ({kind}): it has no experts to prune",

@@ -24,11 +24,17 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
-from moeprune.errors import CheckpointError, UnsupportedModelError
+from moeprune.errors import CheckpointError, MoepruneError, UnsupportedModelError
 from moeprune.models import uneven_runtime
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.generated import novice_class
-from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
+from moeprune.models.native import (
+    first_line,
+    model_class,
+    quiet_transformers,
+    read_config,
+    text_config,
+)
 from moeprune.models.quantised import Quantisation, lazy_state
 from moeprune.models.sites import MoESite, find_sites, is_experts, is_uneven, resize_facts
 from moeprune.models.special import describe
@@ -37,18 +43,29 @@ RESIDENT = -1
 """Key of the tensors outside the decoder layers: embeddings, final norm, head."""
 
 
-def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The model with parameters on meta and real buffers (rotary tables, correction biases)."""
-    cls = native_class(config)
+def skeleton(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model with parameters on meta and real buffers (rotary tables, correction biases).
+
+    Raises:
+        UnsupportedModelError: its class cannot be made with this configuration.
+    """
+    cls = model_class(checkpoint, config)
     if not isinstance(config, cls.config_class):
         config = text_config(config)  # of a model with towers, the language model alone
     if getattr(text_config(config), "approximate_experts", None):
         cls = novice_class(cls)
-    with quiet_transformers(), init_empty_weights(include_buffers=False):
-        model: nn.Module = cls._from_config(config, dtype=dtype).eval()
-        describe(model)
-        if is_uneven(config):
-            uneven_runtime.install(model, **resize_facts(model, find_layers(model)[0]))
+    try:
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            model: nn.Module = cls._from_config(config, dtype=dtype).eval()
+            describe(model)
+            if is_uneven(config):
+                uneven_runtime.install(model, **resize_facts(model, find_layers(model)[0]))
+    except MoepruneError:
+        raise
+    except Exception as error:  # whatever a model makes of nonsense
+        raise UnsupportedModelError(
+            f"{cls.__name__} cannot be made from config.json", first_line(error)
+        ) from error
     return model
 
 
@@ -106,7 +123,11 @@ class LayeredModel:
         stored = [getattr(c, "dtype", None) for c in (text_config(self.config), self.config)]
         self.dtype = dtype or stored[0] or stored[1] or torch.float32
         self.device = torch.device(device)
-        self.model: Any = skeleton(self.config, self.dtype)
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise UnsupportedModelError(
+                f"{checkpoint.path}: models of {self.dtype} cannot be computed"
+            )
+        self.model: Any = skeleton(checkpoint, self.config, self.dtype)
         self.prefix, self.layers = find_layers(self.model)
         self.sites: dict[int, MoESite] = find_sites(self.model, self.prefix)
         self._mapping = get_model_conversion_mapping(self.model, None, None)
@@ -228,8 +249,6 @@ class LayeredModel:
             for key, (name, _) in self._names.items()
             if name is not None and self.group(name) == group
         ]
-        # opened per layer, so that mapped pages of earlier layers do not stay resident
-        state = lazy_state(self.checkpoint, self.quantisation, keys, self.dtype)
         config = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
@@ -237,6 +256,8 @@ class LayeredModel:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
         )
         try:
+            # opened per layer, so that mapped pages of earlier layers do not stay resident
+            state = lazy_state(self.checkpoint, self.quantisation, keys, self.dtype)
             with quiet_transformers():
                 info, _ = convert_and_load_state_dict_in_model(self.model, state, config, None)
         except SafetensorError as error:

@@ -184,3 +184,11 @@ class NoviceModel:
         super().__init__(config, *args, **kwargs)
         install(self)
         register(self)
+
+    @classmethod
+    def is_backend_compatible(cls):
+        """Asked by servers that would put experts modules of their own in place of ours."""
+        raise NotImplementedError(
+            "some experts of this checkpoint are constants (approximate_experts), which this "
+            "server would leave out: use transformers, or a checkpoint whose experts were deleted"
+        )

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.generated import novice_class, uneven_class
 from moeprune.models.loading import find_layers, skeleton
-from moeprune.models.native import native_class, quiet_transformers, read_config, text_config
+from moeprune.models.native import model_class, quiet_transformers, read_config, text_config
 from moeprune.models.quantised import KEYS, SUPPORTED, Quantisation, lazy_state
 from moeprune.models.sites import is_uneven, resize_facts
 
@@ -20,6 +20,7 @@ def load(
     source: str | os.PathLike[str],
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Any:
     """Open any result of moeprune, or a stock checkpoint, as a transformers model in eval mode.
 
@@ -30,34 +31,37 @@ def load(
         source: directory, hub id, or ``demo``.
         dtype: ``"auto"`` takes the checkpoint's own.
         device: where to put the weights.
+        trust_remote_code: run the checkpoint's own Python files, if it brings some.
 
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
         UnsupportedModelError: transformers does not know the architecture, or weights are stored
             in a way that cannot be read.
     """
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, trust_remote_code)
     config = read_config(checkpoint)
     quantisation = Quantisation.of(checkpoint)
     if quantisation.method is None:
         quantisation.refuse()
     elif quantisation.method in SUPPORTED and torch.device(device).type == "cpu":
         return _dequantised(checkpoint, quantisation, config, dtype)
-    cls = _class_of(config)
+    cls = _class_of(checkpoint, config)
     with quiet_transformers():
-        model = cls.from_pretrained(checkpoint.path, dtype=dtype, device_map={"": device})
+        model = cls.from_pretrained(
+            checkpoint.path, dtype=dtype, device_map={"": device}, use_safetensors=True
+        )
     return model.eval()
 
 
-def _class_of(config: Any) -> Any:
-    """The class that opens checkpoints of a configuration: ours where no stock one can."""
-    native = native_class(config)
+def _class_of(checkpoint: Checkpoint, config: Any) -> Any:
+    """The class that opens a checkpoint: ours where no stock one can."""
+    cls = model_class(checkpoint, config)
     if getattr(text_config(config), "approximate_experts", None):
-        return novice_class(native)
+        return novice_class(cls)
     if is_uneven(config):
-        model = skeleton(config, torch.float32)
-        return uneven_class(native, resize_facts(model, find_layers(model)[0]))
-    return native
+        model = skeleton(checkpoint, config, torch.float32)
+        return uneven_class(cls, resize_facts(model, find_layers(model)[0]))
+    return cls
 
 
 def _dequantised(
@@ -74,7 +78,7 @@ def _dequantised(
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cpu"}}
     if (checkpoint.path / "generation_config.json").is_file():
         options["generation_config"] = GenerationConfig.from_pretrained(checkpoint.path)
-    cls = _class_of(config)
+    cls = _class_of(checkpoint, config)
     with quiet_transformers():
         state = lazy_state(checkpoint, quantisation, quantisation.names(checkpoint), dtype)
         model = cls.from_pretrained(None, config=config, state_dict=state, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
@@ -22,7 +22,9 @@ from moeprune.core.shapes import LayerShape
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import CheckpointError, DataError, MoepruneError, OutputError, PlanError
 from moeprune.files import (
+    is_plain_name,
     json_bytes,
+    load_json,
     new_directory,
     refuse_existing,
     sha256_bytes,
@@ -34,7 +36,9 @@ from moeprune.models.checkpoint import read_header
 PathLike = str | os.PathLike[str]
 STATISTICS_FORMAT = "moeprune.statistics/1"
 MANIFEST = "manifest.json"
+_MAX_PLAN = _MAX_MANIFEST = 1 << 26
 _AGAIN = "make it again: moeprune calibrate MODEL --out DIR"
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _VECTORS = re.compile(r"layers\.\d+\.(novices|scale_in|scale_mid)")
 
 
@@ -106,26 +110,33 @@ class StatisticsStore:
             )
         if store.manifest.get("format") != STATISTICS_FORMAT:
             raise DataError(f"{path / MANIFEST} is not of format {STATISTICS_FORMAT}", _AGAIN)
-        try:
-            manifest = _MANIFEST.validate_python(store.manifest)
-        except ValidationError as error:
-            where = ".".join(str(part) for part in error.errors()[0]["loc"])
-            raise DataError(f"{path / MANIFEST} is damaged: bad {where}", _AGAIN) from error
-        if sorted(manifest.layers) != manifest.model.moe_layers:
+        checked = store._checked
+        if sorted(checked.layers) != checked.model.moe_layers:
             raise DataError(f"{path / MANIFEST} is damaged: layers are missing", _AGAIN)
-        for index, entry in manifest.layers.items():
+        for index, entry in checked.layers.items():
+            if not is_plain_name(entry.file):
+                raise DataError(f"{path / MANIFEST} points outside its folder", _AGAIN)
             file = path / entry.file
             if not file.is_file() or sha256_file(file) != entry.sha256:
                 raise DataError(f"statistics of layer {index} in {path} are damaged", _AGAIN)
         return store
 
     @cached_property
+    def _checked(self) -> _Manifest:
+        try:
+            return _MANIFEST.validate_json(json_bytes(self.manifest), strict=True)
+        except ValidationError as error:
+            where = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise DataError(f"{self.path / MANIFEST} is damaged: bad {where}", _AGAIN) from error
+
+    @cached_property
     def manifest(self) -> dict[str, Any]:
         """What was collected, from which model and text."""
         try:
-            data = json.loads((self.path / MANIFEST).read_bytes())
+            data = load_json(self.path / MANIFEST, _MAX_MANIFEST)
         except ValueError as error:
-            raise DataError(f"{self.path / MANIFEST} is not valid JSON", _AGAIN) from error
+            why = str(error)[:200]
+            raise DataError(f"{self.path / MANIFEST} is not valid JSON: {why}", _AGAIN) from error
         if not isinstance(data, dict):
             raise DataError(f"{self.path / MANIFEST} is not a JSON object", _AGAIN)
         return data
@@ -133,7 +144,7 @@ class StatisticsStore:
     @property
     def layers(self) -> list[int]:
         """Indices of the MoE layers."""
-        return sorted(int(index) for index in self.manifest["layers"])
+        return sorted(self._checked.layers)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -146,15 +157,19 @@ class StatisticsStore:
 
     def layer(self, index: int) -> LayerStatistics:
         """One layer's statistics."""
-        entry = self.manifest["layers"][str(index)]
+        damaged = DataError(f"statistics of layer {index} in {self.path} are damaged", _AGAIN)
+        entry = self._checked.layers.get(index)
+        if entry is None:
+            raise DataError(f"{self.path} has no statistics of layer {index}", _AGAIN)
         try:
-            tensors = load_file(self.path / entry["file"])
-        except SafetensorError as error:
-            raise DataError(
-                f"statistics of layer {index} in {self.path} are damaged", _AGAIN
-            ) from error
-        shape = LayerShape(**{**entry["shape"], "roles": tuple(entry["shape"]["roles"])})
-        return LayerStatistics.from_tensors(shape, entry["tokens"], tensors)
+            tensors = load_file(self.path / entry.file)
+            return LayerStatistics.from_tensors(entry.shape, entry.tokens, tensors)
+        except (
+            SafetensorError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # torch: sizes that no tensor has
+            raise damaged from error
 
 
 @contextmanager
@@ -288,20 +303,22 @@ def read_plan(path: PathLike) -> Plan:
     if path.is_dir():
         path = path / "plan.json"
     try:
-        data = json.loads(path.read_bytes())
+        data = load_json(path, _MAX_PLAN)
     except FileNotFoundError:
         raise PlanError(
             f"no plan at {path}", "make one: moeprune plan MODEL --out plan.json"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"{path} is not valid JSON: {error}") from error
+    except ValueError as error:
+        raise PlanError(f"{path} is not valid JSON: {str(error)[:200]}") from error
     tensors = {}
     entry = data.get("vectors") if isinstance(data, dict) else None
     if entry is not None:
         name = str(entry.get("file")) if isinstance(entry, dict) else ""
         file = path.parent / name
-        if Path(name).name != name or not file.is_file():
-            raise PlanError(f"{path} needs its vectors, {name!r}, beside it", "copy both files")
+        if not is_plain_name(name) or not file.is_file():
+            raise PlanError(
+                f"{path} needs its vectors, {name[:80]!r}, beside it", "copy both files"
+            )
         if sha256_file(file) != entry.get("sha256"):
             raise PlanError(f"{file} is not the file that {path.name} was written with")
         try:
@@ -309,6 +326,9 @@ def read_plan(path: PathLike) -> Plan:
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise PlanError(f"{file} is damaged: {error}") from error
+        for key, tensor in tensors.items():
+            if tensor.dtype not in _FLOATING or not bool(tensor.isfinite().all()):
+                raise PlanError(f"{file}: {key!r} does not hold finite numbers")
     return Plan.from_json(data, tensors)
 
 

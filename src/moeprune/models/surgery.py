@@ -6,6 +6,7 @@ Everything is validated before the first byte is written.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,14 @@ def apply_plan(
     editor = Editor(model, plan, layout, attached, writing)
     pieces = editor.pieces()
     config = editor.config()
+    others = checkpoint.other_files()
     with new_directory(out, force) as work:
         write_shards(work, pieces, progress=progress)
         # raw JSON, edited: vendors' own key names stay
         (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        for file in checkpoint.other_files():
+        for file in others:
             if file.name not in (PROVENANCE, PLAN_COPY, *CODE_FILES):
-                (work / file.name).write_bytes(file.read_bytes())
+                shutil.copyfile(file, work / file.name)
         if editor.code is not None:
             for name, text in editor.code.files.items():
                 (work / name).write_text(text, encoding="utf-8")

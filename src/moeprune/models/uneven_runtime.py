@@ -104,3 +104,11 @@ class UnevenModel:
         super().__init__(config, *args, **kwargs)
         install(self, **self.moe)
         register(self)
+
+    @classmethod
+    def is_backend_compatible(cls):
+        """Asked by servers that would put experts modules of their own in place of ours."""
+        raise NotImplementedError(
+            "layers of this checkpoint hold different numbers of experts, which this server does "
+            "not know: use transformers, or a checkpoint with the same number in every layer"
+        )

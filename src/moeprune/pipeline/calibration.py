@@ -43,7 +43,7 @@ def calibrate(
     """
     out = Path(out)
     refuse_existing(out, force)
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     model = compute.open(checkpoint)
     refuse(model)
     domains = read_calibration(checkpoint, text)

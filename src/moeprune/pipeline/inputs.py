@@ -52,11 +52,13 @@ class Compute:
         device: a torch device.
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
         workers: batches that compute at once; 0 takes one per core.
+        trust_remote_code: run the Python files that a checkpoint brings; never without this.
     """
 
     device: str = "cpu"
     dtype: str = "auto"
     workers: int = 0
+    trust_remote_code: bool = False
 
     def open(self, checkpoint: Checkpoint) -> LayeredModel:
         """The model, ready to walk.
@@ -115,9 +117,10 @@ def _read(
     if text.length < 2:
         raise DataError(f"--length must be at least 2 (got {text.length})")
     sources = data.parse_sources(text.sources, kind)
-    config = checkpoint.config.get("text_config") or checkpoint.config
+    part = checkpoint.config.get("text_config")
+    config = part if isinstance(part, dict) else checkpoint.config
     limit = config.get("max_position_embeddings")
-    length = min(text.length, limit) if isinstance(limit, int) else text.length
+    length = min(text.length, limit) if isinstance(limit, int) and limit > 1 else text.length
     domains = data.load_domains(data.load_tokenizer(checkpoint), sources, length, most)
     highest, known = max(int(d.ids_NL.max()) for d in domains), config.get("vocab_size")
     if isinstance(known, int) and highest >= known:

@@ -18,7 +18,7 @@ from moeprune.models.quantised import parameters
 from moeprune.pipeline.inputs import Source, model_name
 
 
-def inspect(source: Source) -> dict[str, Any]:
+def inspect(source: Source, trust_remote_code: bool = False) -> dict[str, Any]:
     """What a model is, how it routes, how large it is, and what can be done with it.
 
     ``source`` may also be a config.json, or a directory with nothing else; the names of the tensors
@@ -30,22 +30,22 @@ def inspect(source: Source) -> dict[str, Any]:
     path = Path(source)
     if path.name == "config.json" and path.is_file():
         source = path.resolve().parent
-        checkpoint: Checkpoint = ConfigOnly(source)
+        checkpoint: Checkpoint = ConfigOnly(source, trust_remote_code)
     elif (path / "config.json").is_file() and not any(map(is_weights, path.iterdir())):
-        checkpoint = ConfigOnly(path.resolve())
+        checkpoint = ConfigOnly(path.resolve(), trust_remote_code)
     else:
-        checkpoint = Checkpoint.open(source)
+        checkpoint = Checkpoint.open(source, trust_remote_code)
     weights = not isinstance(checkpoint, ConfigOnly)
     model = LayeredModel(checkpoint)
     model.model.tie_weights()  # so that no matrix is counted twice
-    if not model.sites:
-        refuse(model)
     found = abilities(model, weights)
+    if not model.sites and found.reason is not None and "dense" in found.reason:
+        refuse(model)  # there is nothing to tell about experts
     numel = parameters(checkpoint) if weights else model.model.num_parameters()
     return {
         "name": model_name(source),
         "path": str(checkpoint.path),
-        "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
+        "architecture": _architecture(checkpoint),
         "model_type": text_config(model.config).model_type,
         "layers": len(model.layers),
         "moe_layers": sorted(model.sites),
@@ -104,3 +104,8 @@ def architectures() -> dict[str, Any]:
     """
     text = (files("moeprune.assets") / "architectures.json").read_text(encoding="utf-8")
     return {**json.loads(text), "installed": version("transformers")}
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    named = checkpoint.config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else "?"

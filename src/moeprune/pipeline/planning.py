@@ -12,7 +12,7 @@ from moeprune.core.budget import Budget, next_multiple
 from moeprune.core.method import Context, LayerView, Method, make_method
 from moeprune.core.plan import LayerPlan, Plan
 from moeprune.core.statistics import LayerStatistics
-from moeprune.errors import MoepruneError
+from moeprune.errors import DataError, MoepruneError
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_novices
@@ -63,7 +63,7 @@ def plan(
             f"{chosen.name} edits each layer before it observes the next: no statistics fit that",
             "leave out --statistics, or score the unpruned model with -o propagate=dense",
         )
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     model = compute.open(checkpoint)
     layout = expert_layout(model)
     warnings: list[str] = []
@@ -177,5 +177,7 @@ class _Views:
     def __iter__(self) -> Iterator[LayerView]:
         for number, (index, site) in enumerate(sorted(self._model.sites.items())):
             statistics = None if self._store is None else self._store.layer(index)
+            if statistics is not None and statistics.shape != site.shape:
+                raise DataError(f"the statistics of layer {index} are of another shape of layer")
             yield self.view(site, statistics)
             self._progress("planning", number + 1, len(self._model.sites))

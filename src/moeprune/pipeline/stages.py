@@ -59,6 +59,7 @@ def apply(
     force: bool = False,
     progress: Progress = silent,
     writing: Writing = Writing(),
+    trust_remote_code: bool = False,
 ) -> Sizes:
     """Write the checkpoint that a plan describes.
 
@@ -70,7 +71,7 @@ def apply(
     """
     out = Path(out)
     refuse_existing(out, force)
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, trust_remote_code)
     _refuse_source(checkpoint, out)
     chosen = plan_or_path if isinstance(plan_or_path, Plan) else read_plan(Path(plan_or_path))
     return apply_plan(
@@ -161,7 +162,8 @@ def prune(
         )
         seconds["plan"] = time.perf_counter() - start
         start = time.perf_counter()
-        sizes = apply(source, made, out, force, progress, writing)
+        trust = compute.trust_remote_code
+        sizes = apply(source, made, out, force, progress, writing, trust)
         seconds["apply"] = time.perf_counter() - start
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -182,10 +184,10 @@ def evaluate(
     Raises:
         MoepruneError: anything the user can mend.
     """
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     models = {"model": compute.open(checkpoint)}
     if teacher is not None:
-        models["teacher"] = compute.open(Checkpoint.open(teacher))
+        models["teacher"] = compute.open(Checkpoint.open(teacher, compute.trust_remote_code))
     domains = read_heldout(checkpoint, text)
     results = evaluate_models(
         models,
