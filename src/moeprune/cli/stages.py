@@ -1,0 +1,292 @@
+"""The commands of the stages. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from moeprune.cli import output
+from moeprune.cli.options import (
+    AsJson,
+    Data,
+    Dequantize,
+    Device,
+    Dtype,
+    Force,
+    Keep,
+    Length,
+    Method,
+    Model,
+    Mtp,
+    MultipleOf,
+    Options,
+    Pad,
+    Pattern,
+    Ratio,
+    Seed,
+    Sequences,
+    Statistics,
+    Tau,
+    Trust,
+    Uniform,
+    Workers,
+    parse_budget,
+    parse_compute,
+    parse_options,
+    parse_text,
+)
+
+
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory for the statistics.")],
+    data: Data = None,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    collect: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Accumulators, comma-separated; default: all but the Gram matrices."),
+    ] = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    workers: Workers = 0,
+    trust_remote_code: Trust = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Walk the model over text once and save what every method needs.
+
+    Example: `moeprune calibrate demo --out stats --sequences 120 --length 512`
+    """
+    from moeprune.core.accumulators import LIGHT
+    from moeprune.pipeline import stages
+
+    names = LIGHT if collect is None else tuple(name.strip() for name in collect.split(","))
+    with output.progress_bars() as progress:
+        store = stages.calibrate(
+            model,
+            out,
+            parse_text(data, sequences, length, seed),
+            names,
+            parse_compute(dtype, device, workers, trust_remote_code),
+            force,
+            progress,
+        )
+    output.tell_default_text(model, data)
+    if as_json:
+        output.print_json({"path": str(out), **store.manifest})
+    else:
+        facts = {"layers": store.layers, **store.manifest["data"]}
+        output.print_facts(f"statistics in {out}", facts)
+
+
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Outputs of **moeprune calibrate**.")],
+    out: Annotated[Path, typer.Option(help="Directory for the sum.")],
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add up statistics of one model over different text, exactly.
+
+    Example: `moeprune merge stats-en stats-de --out stats`
+    """
+    from moeprune.models.store import merge_statistics
+
+    store = merge_statistics(sources, out, force)
+    if as_json:
+        output.print_json({"path": str(out), **store.manifest})
+    else:
+        output.print_facts(f"statistics in {out}", store.manifest["data"])
+
+
+def plan(
+    model: Model,
+    method: Method,
+    out: Annotated[Path, typer.Option(help="The plan, for example plan.json.")],
+    ratio: Ratio = None,
+    keep: Keep = None,
+    tau: Tau = None,
+    pattern: Pattern = None,
+    multiple_of: MultipleOf = 1,
+    uniform: Uniform = False,
+    option: Options = None,
+    statistics: Statistics = None,
+    data: Data = None,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    workers: Workers = 0,
+    trust_remote_code: Trust = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Decide what happens to every expert; nothing is written but the plan.
+
+    Example: `moeprune plan demo --method mone --ratio 0.5 --statistics stats --out plan.json`
+    """
+    from moeprune.models.store import refuse_existing_plan
+    from moeprune.pipeline import stages
+
+    refuse_existing_plan(out, force)
+    with output.progress_bars() as progress:
+        made = stages.plan(
+            model,
+            method,
+            parse_budget(ratio, keep, tau, pattern, multiple_of),
+            statistics,
+            parse_text(data, sequences, length, seed),
+            parse_options(option),
+            parse_compute(dtype, device, workers, trust_remote_code),
+            seed,
+            progress,
+            uniform,
+        )
+    stages.save_plan(made, out, force)
+    if statistics is None and made.statistics:
+        output.tell_default_text(model, data)
+    output.tell_warnings(made.warnings)
+    if as_json:
+        output.print_json({"path": str(out), **made.to_json(None)})
+    else:
+        budget = ", ".join(f"{name} {value}" for name, value in made.budget.items())
+        rows = [
+            {
+                "layer": str(index),
+                "kept": str(len(layer.keep)),
+                "novices": str(len(layer.replaced)),
+                "deleted": str(len(layer.dropped)),
+            }
+            for index, layer in sorted(made.layers.items())
+        ]
+        output.print_rows(f"{made.method}, {budget} -> {out}", rows)
+
+
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Option(help="Output of **moeprune plan**.")],
+    out: Annotated[Path, typer.Option(help="Directory for the new checkpoint.")],
+    pad: Pad = False,
+    mtp: Mtp = "keep-pruned",
+    dequantize: Dequantize = False,
+    trust_remote_code: Trust = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the checkpoint that a plan describes, editing tensors on disk.
+
+    Example: `moeprune apply demo --plan plan.json --out smaller`
+    """
+    from moeprune.pipeline import stages
+
+    with output.progress_bars() as progress:
+        writing = stages.Writing(pad, mtp, dequantize)
+        sizes = stages.apply(model, plan, out, force, progress, writing, trust_remote_code)
+    output.print_sizes(out, sizes, {}, as_json)
+
+
+def prune(
+    model: Model,
+    method: Method,
+    out: Annotated[Path, typer.Option(help="Directory for the new checkpoint.")],
+    ratio: Ratio = None,
+    keep: Keep = None,
+    tau: Tau = None,
+    pattern: Pattern = None,
+    multiple_of: MultipleOf = 1,
+    uniform: Uniform = False,
+    pad: Pad = False,
+    option: Options = None,
+    statistics: Statistics = None,
+    data: Data = None,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    workers: Workers = 0,
+    mtp: Mtp = "keep-pruned",
+    dequantize: Dequantize = False,
+    trust_remote_code: Trust = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Calibrate, plan and apply in one go.
+
+    Example: `moeprune prune demo --method mone --ratio 0.5 --out smaller`
+    """
+    from moeprune.pipeline import stages
+
+    with output.progress_bars() as progress:
+        done = stages.prune(
+            model,
+            method,
+            parse_budget(ratio, keep, tau, pattern, multiple_of),
+            out,
+            parse_text(data, sequences, length, seed),
+            parse_options(option),
+            statistics,
+            parse_compute(dtype, device, workers, trust_remote_code),
+            seed,
+            force,
+            progress,
+            uniform,
+            stages.Writing(pad, mtp, dequantize),
+        )
+    if statistics is None and done.plan.statistics:
+        output.tell_default_text(model, data)
+    output.tell_warnings(done.plan.warnings)
+    more = {
+        "seconds": {name: round(value, 2) for name, value in done.seconds.items()},
+        "peak_memory_bytes": done.peak_memory_bytes,
+    }
+    output.print_sizes(out, done.sizes, more, as_json)
+
+
+def evaluate(
+    model: Model,
+    teacher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The model that it was made from, for KL and agreement."),
+    ] = None,
+    data: Data = None,
+    sequences: Annotated[int, typer.Option(help="Windows per domain; 0 takes all.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    workers: Workers = 0,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure held-out perplexity per domain and, against a teacher, KL and agreement.
+
+    Example: `moeprune evaluate smaller --teacher demo`
+    """
+    from moeprune.pipeline import stages
+
+    with output.progress_bars() as progress:
+        result = stages.evaluate(
+            model,
+            teacher,
+            parse_text(data, sequences, length, 0),
+            parse_compute(dtype, device, workers, trust_remote_code),
+            progress,
+        )
+    if as_json:
+        output.print_json(result)
+        return
+    names = ("tokens", "perplexity", "bits_per_byte", "kl", "agreement")
+    rows = [
+        {
+            "domain": domain,
+            **{name: "–" if score[name] is None else f"{score[name]:.4g}" for name in names},
+        }
+        for domain, score in result["domains"].items()
+    ]
+    output.print_rows(f"{result['model']} ({result['dtype']})", rows)
+    if result["kl"] is not None:
+        output.OUT.print(f"all: KL {result['kl']:.4f}, agreement {result['agreement']:.1%}")
