@@ -23,6 +23,7 @@ from moeprune.errors import MoepruneError, PlanError, UnsupportedModelError
 from moeprune.models import quirks
 from moeprune.models.attached import DROP, check_equal_counts, find_attached, without_heads
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.counts import kept_counts
 from moeprune.models.editing import Sizes, Writing
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
@@ -401,11 +402,11 @@ def test_a_head_cannot_follow_layers_of_different_counts(tiny: Tiny, tmp_path: P
     plan = dropping(source)
     uneven = replace(plan, layers=dict(plan.layers) | {1: LayerPlan(1, 8, (0, 2, 3, 5, 7))})
     kept = find_attached(model, layout, "keep-pruned", True)
-    check_equal_counts(plan, by_layer, kept)
+    check_equal_counts(kept_counts(by_layer, plan), kept)
     with pytest.raises(PlanError, match=r"between 5 and 6 .* mtp\.") as caught:
-        check_equal_counts(uneven, by_layer, kept)
+        check_equal_counts(kept_counts(by_layer, uneven), kept)
     assert "--mtp drop" in caught.value.hint
-    check_equal_counts(uneven, by_layer, find_attached(model, layout, DROP, True))
+    check_equal_counts(kept_counts(by_layer, uneven), find_attached(model, layout, DROP, True))
 
 
 def test_choice_is_checked_first(tmp_path: Path, tiny: Tiny) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from families import experts_modules, load_tiny, moe_model_types, token_ids
+from heads import head_of
 from moeprune.core.plan import LayerPlan, MaskEdit, Plan
 from moeprune.core.shapes import LayerShape
 from moeprune.errors import PlanError, UnsupportedModelError
@@ -340,6 +343,29 @@ def test_padding_and_masks_together(model_type: str, tiny: Tiny, tmp_path: Path)
     assert pruned == padded_sizes.parameters[1] - padded_sizes.nonzero[1] > 0
     expected = logits(runtime.load(tmp_path / "uneven"))
     torch.testing.assert_close(logits(open_stock(tmp_path / "padded")), expected, rtol=0, atol=2e-5)
+
+
+def test_padding_an_uneven_checkpoint_that_nothing_is_asked_of(
+    tiny: Tiny, made: Made, tmp_path: Path
+) -> None:
+    """Layers that a plan leaves out are padded too; the head follows the last one."""
+    path, plan = made("deepseek_v3")
+    shutil.copytree(path, tmp_path / "with-head")
+    head = {name: t.clone() for name, t in head_of(path, "model.layers.4.").items()}
+    save_file(head, tmp_path / "with-head/zz-head.safetensors")
+    for source in (path, tmp_path / "with-head"):
+        checkpoint = Checkpoint.open(source)
+        out = tmp_path / f"padded-{source.name}"
+        apply_plan(checkpoint, plan_for(checkpoint, []), out, writing=Writing(pad=True))
+    padded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "padded-with-head", dtype=torch.float32
+    )
+    expected = reference(tiny("deepseek_v3"), keeps(plan))
+    torch.testing.assert_close(logits(aligned(padded)), expected, rtol=0, atol=2e-5)
+    tensors = Checkpoint.open(tmp_path / "padded-with-head").tensors
+    widest = max(len(ids) for ids in keeps(plan).values())
+    router = tensors["model.layers.4.mlp.gate.weight"]
+    assert router.shape[0] in (widest, len(keeps(plan)[3]))
 
 
 def test_layout_of_an_uneven_checkpoint_is_understood(made: Made) -> None:

@@ -22,8 +22,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from moeprune.core.plan import Plan
-from moeprune.core.shapes import LayerShape
 from moeprune.errors import MoepruneError, PlanError, UnsupportedModelError, nearest
 from moeprune.models import quirks
 from moeprune.models.checkpoint import TensorInfo
@@ -242,19 +240,16 @@ def _not_understood(key: str, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{key}, in a head that transformers does not load: {why}", _HINT)
 
 
-def check_equal_counts(plan: Plan, shapes: Mapping[int, LayerShape], attached: Attached) -> None:
+def check_equal_counts(counts: Mapping[int, int], attached: Attached) -> None:
     """Raise ``PlanError`` if heads would have to be pruned and layers keep different numbers.
 
     Serving engines build a head with the one count at the top of config.json, so it cannot follow
-    a layer that has another.
+    a layer that has another. ``counts`` is what each layer's router selects among in the result.
     """
-    counts = {
-        shape.experts - (len(plan.layers[layer].dropped) if layer in plan.layers else 0)
-        for layer, shape in shapes.items()
-    }
-    if attached.tensors and len(counts) > 1:
+    least, most = min(counts.values()), max(counts.values())
+    if attached.tensors and least != most:
         raise PlanError(
-            f"the plan keeps between {min(counts)} and {max(counts)} experts per layer, and the "
+            f"the plan keeps between {least} and {most} experts per layer, and the "
             f"attached head {next(iter(attached.heads))}* can have only the number in config.json",
             _HINT,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moeprune.core.ops.tables import redirect_table
 from moeprune.core.plan import LayerPlan, Plan
+from moeprune.core.shapes import LayerShape
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.models.attached import (
     KEEP_PRUNED,
@@ -110,14 +111,15 @@ class Editor:
         attached: Attached,
         writing: Writing,
     ) -> None:
-        self.model, self.plan, self.layout, self.attached = model, plan, layout, attached
-        self.checkpoint, self.quantisation = model.checkpoint, model.quantisation
-        self.dequantized = self.quantisation.method if writing.dequantize else None
-        self.novices = any(layer.replaced for layer in plan.layers.values())
         shapes = {index: site.shape for index, site in model.sites.items()}
         self.counts = kept_counts(shapes, plan)
         if writing.pad:
             self.counts = dict.fromkeys(self.counts, max(self.counts.values()))
+            plan = replace(plan, layers=_whole(shapes) | dict(plan.layers))
+        self.model, self.plan, self.layout, self.attached = model, plan, layout, attached
+        self.checkpoint, self.quantisation = model.checkpoint, model.quantisation
+        self.dequantized = self.quantisation.method if writing.dequantize else None
+        self.novices = any(layer.replaced for layer in plan.layers.values())
         self._slots = {
             index: padded_slots(layer.keep, shapes[index], self.counts[index])
             for index, layer in plan.layers.items()
@@ -310,3 +312,11 @@ class Editor:
             bytes=(self.checkpoint.nbytes, sum(piece.nbytes for piece in pieces)),
             attached=self.attached.counts(),
         )
+
+
+def _whole(shapes: Mapping[int, LayerShape]) -> dict[int, LayerPlan]:
+    """All experts of every layer: a layer that a plan leaves out may need pads."""
+    return {
+        index: LayerPlan(index, shape.experts, tuple(range(shape.experts)))
+        for index, shape in shapes.items()
+    }

@@ -70,12 +70,8 @@ def plan(
     context = Context(
         budget, seed, warnings.append, lambda done, total, what: progress(what, done, total)
     )
-    facts: dict[str, Any] = {}
-    store = None
-    if statistics is not None and chosen.needs:
-        store = StatisticsStore.open(Path(statistics))
-        same_model(store, checkpoint.fingerprint, model_name(source))
-        facts = store.summary
+    store = _statistics_of(checkpoint, model_name(source), statistics if chosen.needs else None)
+    facts: Mapping[str, Any] = {} if store is None else store.summary
     views = _Views(model, layout, store, progress)
     if chosen.sequential:
         layers, facts = _plan_sequentially(chosen, model, views, context, text, compute, progress)
@@ -98,6 +94,16 @@ def plan(
     )
     result.check({index: site.shape for index, site in model.sites.items()})
     return result
+
+
+def _statistics_of(
+    checkpoint: Checkpoint, name: str, statistics: Source | None
+) -> StatisticsStore | None:
+    if statistics is None:
+        return None
+    store = StatisticsStore.open(Path(statistics))
+    same_model(store, checkpoint.fingerprint, name)
+    return store
 
 
 def _table_warnings(layout: Mapping[str, DiskTensor], layers: Mapping[int, LayerPlan]) -> list[str]:
