@@ -15,8 +15,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Serves pruned models with vLLM on the CPU and writes docs/vllm.md. Not part of `make test`: half a
-# gigabyte to install, and a quarter of an hour.
+# Serves pruned models with vLLM on the CPU and writes docs/vllm.md. Not part of `make test`: it
+# installs three gigabytes and takes a quarter of an hour.
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	rm -rf $(VLLM)/checkpoints
 	$(BIN)/python tests/serving/prepare.py $(VLLM)/checkpoints

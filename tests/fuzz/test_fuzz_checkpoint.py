@@ -125,6 +125,7 @@ SPELLINGS = {
     "name of lines": spelled(HEADER).replace(b'"b"', b'"a\\nb"'),
     "name of 10 000 letters": spelled(HEADER).replace(b'"b"', b'"' + b"b" * 10_000 + b'"'),
     "metadata of numbers": spelled({**HEADER, "__metadata__": {"format": 1}}),
+    "metadata of nothing": spelled({**HEADER, "__metadata__": []}),
     "nothing": b"",
 }
 
@@ -273,7 +274,7 @@ def test_pickles_are_never_unpickled(name: str, copied: Callable[[str], Path]) -
 
 def test_headers_of_millions_of_brackets_take_bounded_memory(scratch: Path) -> None:
     """Nested as far as a file allows: refused with a few times its size."""
-    file, size = scratch / "model.safetensors", 4_000_000
+    file, size = scratch / "model.safetensors", 2_000_000
     write(file, b'{"a":[' + b"[]," * (size // 3) + b"1]}", b"")
     code = f"""
         import resource
@@ -289,7 +290,7 @@ def test_headers_of_millions_of_brackets_take_bounded_memory(scratch: Path) -> N
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) * 1024 < 40 * size
+    assert int(done.stdout) * 1024 < 50 * size
 
 
 def test_many_tensors_are_read_quickly(scratch: Path) -> None:

@@ -100,6 +100,7 @@ LIES: dict[str, tuple[str, Any]] = {
     "head": ("head_dim", 2**31),
     "positions": ("max_position_embeddings", 10**15),
     "rotated share": ("partial_rotary_factor", 1e9),
+    "rotated share of text, which Python repeats": ("partial_rotary_factor", "8"),
     "inside a list": ("layer_widths", [1, [10**9]]),
     "inside an object": ("text_config", {"num_hidden_layers": 10**9}),
     "in an object inside an object": ("rope_parameters", {"a": {"dim": 10**9}}),
@@ -174,14 +175,14 @@ def absurdities(values: list[Any], folders: list[Path]) -> None:
     command = [sys.executable, absurd.__file__, json.dumps(values), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    assert found["tried"] > 60 * len(folders)
+    assert found["tried"] > 40 * len(folders)
     assert not found["wrong"]
     assert found["grown_mib"] < 100 + 20 * len(folders)
 
 
 def test_absurd_numbers(tiny: Tiny) -> None:
     folders = [tiny(name) for name in ("mixtral", "deepseek_v2")]
-    absurdities([10**9, 10**15, -1], folders)
+    absurdities([10**9, -1], folders)
 
 
 @pytest.mark.slow

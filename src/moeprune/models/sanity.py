@@ -56,8 +56,9 @@ def refuse_absurd(checkpoint: Checkpoint) -> None:
         layers, size = MOST_LAYERS, _LARGEST_ALONE
     for key, value in _leaves(config):
         _refuse_code(checkpoint, key, value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            _refuse_above(checkpoint, key, value, _most(key, layers, size))
+        _refuse_share(checkpoint, key, value)
+        if isinstance(value, int) and abs(value) > (most := _most(key, layers, size)):
+            _refuse(checkpoint, key, value, f"at most {most} fits what is stored")
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             _check_together(checkpoint, part, axes)
@@ -65,8 +66,6 @@ def refuse_absurd(checkpoint: Checkpoint) -> None:
 
 def _most(key: str, layers: int, size: int) -> int:
     """The largest number that may stand under ``key``."""
-    if key.startswith("partial_rotary"):
-        return 1
     if _LAYERS.fullmatch(key):
         return layers
     if key in quirks.EXPERT_COUNT_KEYS or key in quirks.TOP_K_KEYS:
@@ -96,10 +95,11 @@ def _refuse_code(checkpoint: Checkpoint, key: str, value: Any) -> None:
         )
 
 
-def _refuse_above(checkpoint: Checkpoint, key: str, value: float, most: int) -> None:
-    # other floats scale values, not sizes
-    if (isinstance(value, int) or key.startswith("partial_rotary")) and abs(value) > most:
-        _refuse(checkpoint, key, value, f"at most {most} fits what is stored")
+def _refuse_share(checkpoint: Checkpoint, key: str, value: Any) -> None:
+    """The only number that is no integer and becomes a size; a text would be repeated instead."""
+    fits = value is None or (isinstance(value, (int, float)) and 0 <= value <= 1)
+    if key.startswith("partial_rotary") and not fits:
+        _refuse(checkpoint, key, value, "it is a share of a head's width")
 
 
 def _check_together(checkpoint: Checkpoint, part: dict[str, Any], axes: set[int]) -> None:
@@ -114,9 +114,10 @@ def _check_together(checkpoint: Checkpoint, part: dict[str, Any], axes: set[int]
         _refuse(checkpoint, key, max(experts), "their router would be larger than the checkpoint")
 
 
-def _refuse(checkpoint: Checkpoint, key: str, value: float, why: str) -> None:
-    number = f"{value}" if abs(value) < 10**18 else "a number of more than 18 digits"
+def _refuse(checkpoint: Checkpoint, key: str, value: object, why: str) -> None:
+    large = isinstance(value, int) and abs(value) >= 10**18
+    shown = "a number of more than 18 digits" if large else f"{value!r}"[:80]
     raise CheckpointError(
-        f"{checkpoint.path}/config.json: {key[:80]!r} is {number}, but {why}",
+        f"{checkpoint.path}/config.json: {key[:80]!r} is {shown}, but {why}",
         "the checkpoint and its config.json do not belong together",
     )
