@@ -284,6 +284,17 @@ def test_uneven_with_a_tower(model_type: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
+def test_constants_need_equal_layers(made: Made, tmp_path: Path) -> None:
+    path, _ = made("mixtral")
+    checkpoint = Checkpoint.open(path)
+    shape = LayeredModel(checkpoint).sites[2].shape
+    keep, gone = tuple(range(shape.experts - 1)), (shape.experts - 1,)
+    layer = LayerPlan(2, shape.experts, keep, gone, novices_NH=torch.zeros(1, shape.hidden))
+    with pytest.raises(UnsupportedModelError, match="different numbers of experts"):
+        apply_plan(checkpoint, plan_for(checkpoint, [layer]), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- padding -------------------------------------------------------------------------------------
 
 

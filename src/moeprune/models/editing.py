@@ -292,6 +292,12 @@ class Editor:
                 f"{self.checkpoint.path} has classes of its own, which ours cannot extend",
                 "delete the same number of experts in every layer",
             )
+        if self.novices and uneven:
+            raise UnsupportedModelError(
+                f"layers of {self.checkpoint.path} hold different numbers of experts: none of them "
+                "can be replaced by constants",
+                "replace experts of the original model",
+            )
         if self.novices:
             return novice_code(native_class(self.model.config))
         if uneven:
