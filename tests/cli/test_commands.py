@@ -87,6 +87,7 @@ def test_inspect_of_uneven_layers(run: Run) -> None:
     assert run("prune", "demo", "--method", "moeits", "--tau", 2.5, "--out", "uneven").code == 0
     facts = as_json(run("inspect", "uneven", "--json"))
     assert len(set(facts["experts"])) > 1 and facts["supported"] is True
+    assert facts["can"]["replace by constants"].startswith("no: its layers")
 
 
 def test_models(run: Run) -> None:

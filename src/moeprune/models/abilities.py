@@ -10,6 +10,7 @@ from moeprune.models.attached import KEEP_PRUNED, find_attached
 from moeprune.models.layout import expert_layout, refuse
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.sites import is_uneven
 
 YES = "yes"
 
@@ -55,6 +56,8 @@ def abilities(model: LayeredModel, weights: bool = True) -> Abilities:
     novices = values
     if kind in quirks.NOVICES_REFUSED:
         novices = f"no: {quirks.NOVICES_REFUSED[kind]}"
+    elif is_uneven(model.config):
+        novices = "no: its layers hold different numbers of experts"
     elif novices == YES:
         novices = f"{YES}; opens with trust_remote_code or moeprune"
     can = {
