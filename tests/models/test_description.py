@@ -41,6 +41,15 @@ def test_routing(model_type: str, gates: str, chosen: str, tiny: Tiny) -> None:
     assert all(p.is_meta for p in site.router.parameters()), "the model itself is left alone"
 
 
+@pytest.mark.parametrize("model_type", moe_model_types())
+def test_every_router_is_described(model_type: str, tiny: Tiny) -> None:
+    for site in LayeredModel(Checkpoint.open(tiny(model_type))).sites.values():
+        gates = routing_kind(site)
+        assert gates.startswith(("softmax", "sigmoid")) or gates == (
+            f"its own ({type(site.router).__name__})"
+        )
+
+
 def test_the_random_numbers_of_others_are_left_alone(tiny: Tiny) -> None:
     site = max(LayeredModel(Checkpoint.open(tiny("mixtral"))).sites.items())[1]
     torch.manual_seed(0)

@@ -53,10 +53,14 @@ def _run(site: MoESite) -> tuple[Tensor, Tensor, Tensor]:
         else:
             tensor.fill_(0 if "bias" in name else 1)
     x_TH = torch.randn(_TOKENS, site.shape.hidden, generator=generator)
-    logits, gate, index = router(x_TH)[:3]
+    output = router(x_TH)
+    if not isinstance(output, tuple) or len(output) < 3:
+        raise ValueError("not logits, gates and ids")
+    logits, gate, index = output[:3]
     if index.is_floating_point():
         gate, index = index, gate
-    if gate.shape != index.shape or logits.shape[-1] < site.shape.experts:
+    chosen = (_TOKENS, site.shape.top_k)
+    if not gate.shape == index.shape == chosen or logits.shape[-1] < site.shape.experts:
         raise ValueError("not logits, gates and ids")
     return logits.float(), gate.float(), index
 
