@@ -12,6 +12,7 @@ from moeprune.models.native import text_config
 from moeprune.models.sites import MoESite
 
 _TOKENS = 64
+_LARGEST = 1 << 24  # weights; a router of 512 experts over 16k channels has half as many
 
 
 def routing_kind(site: MoESite) -> str:
@@ -45,6 +46,8 @@ def _divided(values_TK: Tensor) -> Tensor:
 @torch.no_grad()
 def _run(site: MoESite) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [T, R], gates [T, K] and ids [T, K] of a copy of the router on random inputs."""
+    if sum(tensor.numel() for tensor in site.router.parameters()) > _LARGEST:
+        raise ValueError("too large to be run for a description")
     router = copy.deepcopy(site.router).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
     for name, tensor in [*router.named_parameters(), *router.named_buffers()]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moeprune.errors import UnsupportedModelError
 from moeprune.models import quirks
 
 
@@ -42,6 +43,8 @@ def expert_sizes(experts: Any) -> tuple[int, int, int]:
     """E, H and I of an experts module."""
     if flat_matrices(experts):
         E = int(experts.num_experts)
+        if E < 1:
+            raise UnsupportedModelError(f"{type(experts).__name__} has {E} experts")
         rows, hidden = experts.get_parameter(next(iter(flat_matrices(experts)))).shape
         return E, int(hidden), int(rows) // E
     E, a, b = (int(n) for n in experts.down_proj.shape)
