@@ -47,6 +47,8 @@ def expert_sizes(experts: Any) -> tuple[int, int, int]:
             raise UnsupportedModelError(f"{type(experts).__name__} has {E} experts")
         rows, hidden = experts.get_parameter(next(iter(flat_matrices(experts)))).shape
         return E, int(hidden), int(rows) // E
+    if experts.down_proj is None:
+        raise UnsupportedModelError(f"{type(experts).__name__} has no experts")
     E, a, b = (int(n) for n in experts.down_proj.shape)
     return (E, b, a) if experts.is_transposed else (E, a, b)
 
