@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -283,7 +284,7 @@ class Editor:
             }
         return set_code(config, self.code, model_class(self.checkpoint, self.model.config))
 
-    @property
+    @cached_property
     def code(self) -> GeneratedCode | None:
         """Classes that the checkpoint needs to open; None where stock ones do."""
         uneven = len(set(self.counts.values())) > 1
