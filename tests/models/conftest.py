@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import quantise
 from families import save_tiny
+from quantised_cases import Twins, fused_too
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +33,23 @@ def one_thread() -> object:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Twins:
+    """A quantised tiny checkpoint; tests must not write into it."""
+    made: dict[tuple[str, tuple[int, int]], Path] = {}
+
+    def get(model_type: str, block: tuple[int, int] = (8, 8)) -> Path:
+        key = model_type, block
+        if key not in made:
+            base = tmp_path_factory.mktemp(model_type)
+            if model_type == "gpt_oss":
+                wide = {"hidden_size": 64, "intermediate_size": 96}
+                made[key] = quantise.mxfp4(save_tiny("gpt_oss", base / "plain", **wide), base / "q")
+            else:
+                save_tiny(model_type, base / "plain")
+                made[key] = quantise.fp8(base / "plain", base / "q", block, fused_too)
+        return made[key]
+
+    return get
