@@ -87,3 +87,14 @@ def test_numbers_that_a_kernel_does_not_know_are_told(
     assert "4, 8 experts, not 5" in text
     plan = stages.plan(mixtral, "moeits", Budget(keep=5))
     assert text in plan.warnings
+
+
+def test_an_uneven_model_can_be_made_uniform(mixtral: Path, tmp_path: Path) -> None:
+    """No layer can keep more than the smallest has."""
+    stages.prune(mixtral, "moeits", Budget(tau=1.0), tmp_path / "uneven")
+    before = LayeredModel(Checkpoint.open(tmp_path / "uneven")).sites.values()
+    smallest = min(site.shape.experts for site in before)
+    plan = stages.plan(tmp_path / "uneven", "moeits", Budget(ratio=0.0), uniform=True)
+    assert kept(plan) == [smallest] * 4
+    stages.apply(tmp_path / "uneven", plan, tmp_path / "out")
+    open_stock(tmp_path / "out")

@@ -129,7 +129,9 @@ def next_multiple(kept: int, step: int, shape: LayerShape) -> int:
 
 
 def least_kept(shape: LayerShape, floor: int = 0, multiple_of: int = 1) -> int:
-    """The fewest experts that a layer can route over, at least ``floor`` (the user's own, up to E).
+    """The fewest experts that a layer can route over: at least ``floor`` (the user's own, up to E).
+
+    Rounded up to the next number that routing groups and ``multiple_of`` divide.
 
     K experts must exist; a group-limited router needs the same number in every group, two for the
     sum of the two best that ranks a group, and K among the groups that a token may choose from.

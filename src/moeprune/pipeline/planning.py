@@ -124,7 +124,7 @@ def _equalised(
     counts = [len(layer.keep) for layer in layers.values()]
     if len(set(counts)) == 1:
         return layers
-    shape = next(iter(views)).shape
+    shape = min((view.shape for view in views), key=lambda shape: shape.experts)
     step = math.lcm(shape.groups, context.budget.multiple_of)
     keep = next_multiple(math.ceil(sum(counts) / len(counts)), step, shape)
     context.warn(
