@@ -34,6 +34,11 @@ class Block(Protocol):
         """The output of one expert before the gate, float32 [S, H]."""
         ...
 
+    @property
+    def gated_inputs(self) -> bool:
+        """Whether the model multiplies the gate into the input and not into the output."""
+        ...
+
 
 def no_storage(layer: int, matrices: Mapping[tuple[int, str], Tensor]) -> StoredWeights:
     """Where there is nowhere to put matrices."""
@@ -50,12 +55,29 @@ class LayerView:
         weights: the experts' matrices.
         block: loads the experts and gives them as functions; the layer is freed when the next one
             is asked for.
+        router: reads the router's tensors that have one entry per output, float32 with that axis
+            first, by their names; rows beyond E are not experts'.
+        dense: the same layer's statistics in the unedited model, where ``statistics`` are of a
+            model whose layers before this one are edited already; None elsewhere.
     """
 
     shape: LayerShape
     statistics: LayerStatistics | None
     weights: ExpertWeights
     block: Callable[[], Block] | None = None
+    router: Callable[[], Mapping[str, Tensor]] | None = None
+    dense: LayerStatistics | None = None
+
+    def router_rows(self) -> Tensor:
+        """The experts' rows of the router's matrix, float32 [E, width of its input]."""
+        found = {} if self.router is None else self.router()
+        matrices = [t for _, t in sorted(found.items()) if t.ndim == 2 and t.shape[1] > 1]
+        if len(matrices) != 1:
+            raise MoepruneError(
+                f"layer {self.shape.layer}: its router has {len(matrices)} matrices with one row "
+                "per expert, and this method needs one"
+            )
+        return matrices[0][: self.shape.experts]
 
     def need_block(self) -> Block:
         """The experts as functions, or a clear error."""
@@ -118,6 +140,11 @@ class Method(ABC):
     def sequential(self) -> bool:
         """Whether a layer must be edited before the next one is observed."""
         return False
+
+    @property
+    def compares(self) -> tuple[str, ...]:
+        """Accumulators of the unedited model that a sequential method reads as well."""
+        return ()
 
     @abstractmethod
     def plan_layer(self, view: LayerView, context: Context) -> LayerPlan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -302,3 +303,18 @@ class DiskExperts:
     def _oriented(tensor: Tensor, disk: DiskTensor) -> Tensor:
         tensor = tensor.T if disk.input_dim == -2 else tensor
         return tensor.to(torch.float32).contiguous()
+
+
+def read_router(
+    checkpoint: Checkpoint, layout: Mapping[str, DiskTensor], layer: int
+) -> dict[str, Tensor]:
+    """A router's tensors with one entry per output, float32, that axis first, by name."""
+    found = {}
+    for tensor in layout.values():
+        if tensor.layer == layer and tensor.role == "router":
+            if tensor.quantised is not None:
+                value = read(checkpoint, tensor.quantised)
+            else:
+                value = checkpoint.read(tensor.key)
+            found[tensor.key] = value.movedim(tensor.dim, 0).to(torch.float32).contiguous()
+    return found

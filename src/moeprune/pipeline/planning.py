@@ -18,7 +18,7 @@ from moeprune.models.block import BlockLoader, LoadedBlock
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_novices
 from moeprune.models.counts import kernel_warnings
-from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout
+from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout, read_router
 from moeprune.models.loading import LayeredModel
 from moeprune.models.masking import mask_in_memory
 from moeprune.models.plan_weights import WeightsFolder
@@ -157,10 +157,20 @@ def _plan_sequentially(
         )
     domains = read_calibration(model.checkpoint, text)
     layers: dict[int, LayerPlan] = {}
+    dense: dict[int, LayerStatistics] = {}
+    if method.compares:
+
+        def keep(site: MoESite, statistics: LayerStatistics) -> bool:
+            dense[site.shape.layer] = statistics
+            return False
+
+        observe(model, domains, compute, method.compares, keep, progress)
 
     def visit(site: MoESite, statistics: LayerStatistics) -> bool:
         block = LoadedBlock(model, site)  # the walk has the layer in memory
-        view = replace(views.view(site, statistics), block=lambda: block)
+        view = replace(
+            views.view(site, statistics), block=lambda: block, dense=dense.get(site.shape.layer)
+        )
         layer = method.plan_layer(view, context)
         layers[site.shape.layer] = layer
         mask_in_memory(site, layer)
@@ -187,7 +197,13 @@ class _Views:
 
     def view(self, site: MoESite, statistics: LayerStatistics | None) -> LayerView:
         experts = DiskExperts(self._model.checkpoint, self._layout, site)
-        return LayerView(site.shape, statistics, experts, lambda: self._loader.block(site))
+        return LayerView(
+            site.shape,
+            statistics,
+            experts,
+            lambda: self._loader.block(site),
+            lambda: read_router(self._model.checkpoint, self._layout, site.shape.layer),
+        )
 
     def __iter__(self) -> Iterator[LayerView]:
         for number, (index, site) in enumerate(sorted(self._model.sites.items())):
