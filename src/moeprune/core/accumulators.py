@@ -327,9 +327,7 @@ class RouterGram(Accumulator):
     def empty(cls, shape: LayerShape, device: torch.device) -> RouterGram:
         """Sums over no tokens."""
         E = shape.experts
-        return cls(
-            _zeros(E, device=device), _zeros(E, E, device=device), _zeros(E, device=device)
-        )
+        return cls(_zeros(E, device=device), _zeros(E, E, device=device), _zeros(E, device=device))
 
     def add_block(self, rows: BlockRows) -> None:
         """Add one batch."""

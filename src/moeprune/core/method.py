@@ -64,6 +64,8 @@ class Context:
         warn: takes a sentence for the user; it ends up in the plan.
         progress: called with (done, total, what) inside long computations.
         memo: what a method wants to find again when it plans the same model with another budget.
+        pinned: by layer, experts that must stay; the user's own and protected ones.
+        forbidden: by layer, experts that must not stay.
     """
 
     budget: Budget
@@ -71,6 +73,16 @@ class Context:
     warn: Callable[[str], None] = lambda text: None
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     memo: dict[Any, Any] = field(default_factory=dict)
+    pinned: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    forbidden: Mapping[int, frozenset[int]] = field(default_factory=dict)
+
+    def pinned_in(self, layer: int) -> frozenset[int]:
+        """Experts of a layer that must stay."""
+        return self.pinned.get(layer, frozenset())
+
+    def forbidden_in(self, layer: int) -> frozenset[int]:
+        """Experts of a layer that must not stay."""
+        return self.forbidden.get(layer, frozenset())
 
 
 @dataclass(frozen=True)
