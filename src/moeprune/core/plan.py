@@ -20,6 +20,7 @@ from moeprune.errors import PlanError
 from moeprune.files import json_bytes
 
 FORMAT = "moeprune.plan/1"
+MASK_GROUPS = ("row", "matrix")
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,5}")
 _PATTERN = re.compile(r"([0-9]{1,4}):([0-9]{1,4})")
@@ -27,14 +28,15 @@ _PATTERN = re.compile(r"([0-9]{1,4}):([0-9]{1,4})")
 
 @dataclass(frozen=True)
 class MaskEdit:
-    """Zero the weights with the lowest ``|W| * scale`` in every output row of every kept expert.
+    """Zero the weights with the lowest ``|W| * scale`` inside every kept expert.
 
     Attributes:
-        ratio: fraction of each row, or None if ``pattern`` is set.
+        ratio: fraction of each group, or None if ``pattern`` is set.
         pattern: (n, m), n of every m consecutive weights, or None if ``ratio`` is set.
         roles: the matrices that are masked.
         scale_in_EH: scale of the gate and up matrices' input columns; None is magnitude pruning.
         scale_mid_EI: scale of the down matrix's input columns; None is magnitude pruning.
+        group: weights compete within an output ``row`` or within the ``matrix``; for a ratio.
     """
 
     ratio: float | None
@@ -42,6 +44,7 @@ class MaskEdit:
     roles: tuple[str, ...] = ROLES
     scale_in_EH: Tensor | None = None
     scale_mid_EI: Tensor | None = None
+    group: str = "row"
 
     def scale(self, role: str, expert: int) -> Tensor | None:
         """The scale of one expert's matrix, [H] or [I]."""
@@ -116,6 +119,8 @@ class LayerPlan:
     def _check_mask(self, mask: MaskEdit, shape: LayerShape, where: str) -> None:
         if (mask.ratio is None) == (mask.pattern is None):
             raise PlanError(f"{where}: a mask has either a ratio or a pattern")
+        if mask.group not in MASK_GROUPS or (mask.pattern and mask.group != "row"):
+            raise PlanError(f"{where}: weights cannot compete within {mask.group!r} here")
         if mask.ratio is not None and not 0 <= mask.ratio < 1:
             raise PlanError(f"{where}: mask ratio {mask.ratio} is not in [0, 1)")
         if mask.pattern is not None:
@@ -251,6 +256,7 @@ def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
             "roles": list(mask.roles),
             **({"ratio": mask.ratio} if mask.ratio is not None else {}),
             **({"pattern": f"{mask.pattern[0]}:{mask.pattern[1]}"} if mask.pattern else {}),
+            **({"group": mask.group} if mask.group != "row" else {}),
             # without its scales a mask would silently become another method's
             "scales": [name for name, table in _scales(mask).items() if table is not None],
         }
@@ -327,6 +333,7 @@ def _mask_from_json(index: int, entry: dict[str, Any], vectors: Mapping[str, Ten
         roles=tuple(str(role) for role in _get(entry, "roles", list, where)),
         scale_in_EH=scales.get("scale_in"),
         scale_mid_EI=scales.get("scale_mid"),
+        group=_get({"group": "row"} | entry, "group", str, where),
     )
 
 
