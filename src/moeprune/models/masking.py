@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from moeprune.core.ops.masks import matrix_keep_mask, nm_keep_mask, prune_count, row_keep_mask
+from moeprune.core.ops.masks import prune_count
 from moeprune.core.plan import LayerPlan, MaskEdit
 from moeprune.errors import PlanError
 from moeprune.models.layout import DiskTensor
@@ -36,14 +36,8 @@ def zero_masked(
     ``interleaved`` says whether the rows of a ``gate_up`` alternate between gate and up: the two
     are matrices of their own where weights compete within a matrix.
     """
-    scale = mask.scale("down" if role == "down" else "gate", expert)
     for part_OI in single_matrices(weight_OI, role, interleaved):
-        if mask.pattern is not None:
-            keep_OI = nm_keep_mask(part_OI, scale, *mask.pattern)
-        else:
-            assert mask.ratio is not None
-            select = matrix_keep_mask if mask.group == "matrix" else row_keep_mask
-            keep_OI = select(part_OI, scale, mask.ratio)
+        keep_OI = mask.keep(part_OI, "down" if role == "down" else "gate", expert)
         part_OI.masked_fill_(~keep_OI, 0.0)
 
 
