@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moeprune.core.shapes import LayerShape
 
-SAMPLE_SIZE = 256
+SAMPLE_SIZE = 512
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Accumulator(ABC):
 
     name: ClassVar[str]
     needs_router: ClassVar[bool] = False
+    sampled: ClassVar[bool] = False
+    """Whether sizes that the layer's shape does not give are 0 while no token was seen."""
 
     @classmethod
     @abstractmethod
@@ -343,36 +345,60 @@ class RouterGram(Accumulator):
 
 @dataclass
 class TokenSample(Accumulator):
-    """A bounded sample of block inputs: the S tokens with the smallest keys.
+    """A bounded sample of what the block saw: the S tokens with the smallest keys.
 
     Keys are pseudo-random and belong to the token, not to the run, so the sample does not depend on
     batches, their order or the number of processes, and it is the same tokens in every layer.
+    x_SH are inputs of the block, z_SR the router's first output (R = 0 where it has none),
+    index_SK and gate_SK what the block chose.
     """
 
     name: ClassVar[str] = "sample"
+    needs_router: ClassVar[bool] = True
+    sampled: ClassVar[bool] = True
     key_S: Tensor
     x_SH: Tensor
+    z_SR: Tensor
+    index_SK: Tensor
+    gate_SK: Tensor
 
     @classmethod
     def empty(cls, shape: LayerShape, device: torch.device) -> TokenSample:
         """A sample of no tokens."""
+        float32 = torch.float32
         return cls(
             _zeros(0, device=device, dtype=torch.int64),
-            _zeros(0, shape.hidden, device=device, dtype=torch.float32),
+            _zeros(0, shape.hidden, device=device, dtype=float32),
+            _zeros(0, 0, device=device, dtype=float32),
+            _zeros(0, 0, device=device, dtype=torch.int64),
+            _zeros(0, 0, device=device, dtype=float32),
         )
 
     def add_block(self, rows: BlockRows) -> None:
         """Add one batch."""
         smallest = torch.argsort(rows.key_T, stable=True)[:SAMPLE_SIZE]
-        self.merge(TokenSample(rows.key_T[smallest], rows.x_TH[smallest].float()))
+        z_TR = rows.x_TH[:, :0] if rows.logits_TR is None else rows.logits_TR
+        self.merge(
+            TokenSample(
+                rows.key_T[smallest],
+                rows.x_TH[smallest].float(),
+                z_TR[smallest].float(),
+                rows.index_TK[smallest],
+                rows.gate_TK[smallest],
+            )
+        )
 
     def merge(self, other: Accumulator) -> None:
         """Keep the smallest keys of both."""
         assert isinstance(other, TokenSample)
-        key = torch.cat((self.key_S, other.key_S))
-        x = torch.cat((self.x_SH, other.x_SH))
-        smallest = torch.argsort(key, stable=True)[:SAMPLE_SIZE]
-        self.key_S, self.x_SH = key[smallest], x[smallest]
+        # a sample of no tokens does not know how many columns there are
+        filled = [dict(part.tensors()) for part in (self, other) if len(part.key_S)]
+        if not filled:
+            return
+        both = {name: torch.cat([part[name] for part in filled]) for name in filled[0]}
+        smallest = torch.argsort(both["key_S"], stable=True)[:SAMPLE_SIZE]
+        for name, tensor in both.items():
+            setattr(self, name, tensor[smallest])
 
 
 ACCUMULATORS: dict[str, type[Accumulator]] = {

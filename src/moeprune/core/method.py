@@ -16,18 +16,28 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from moeprune.core.budget import Budget
+from moeprune.core.edits import ExpertWeights, StoredWeights
 from moeprune.core.plan import LayerPlan
 from moeprune.core.shapes import LayerShape
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import BudgetError, MoepruneError, nearest
 
 
-class ExpertWeights(Protocol):
-    """Read access to one layer's expert matrices."""
+class Block(Protocol):
+    """One layer's experts as functions, in the arithmetic of the model itself."""
 
-    def matrix(self, expert: int, role: str) -> Tensor:
-        """One matrix as float32, rows = outputs, columns = inputs."""
+    def hidden(self, expert: int, x_SH: Tensor) -> Tensor:
+        """The down matrix's input of one expert, float32 [S, I]."""
         ...
+
+    def outputs(self, expert: int, x_SH: Tensor) -> Tensor:
+        """The output of one expert before the gate, float32 [S, H]."""
+        ...
+
+
+def no_storage(layer: int, matrices: Mapping[tuple[int, str], Tensor]) -> StoredWeights:
+    """Where there is nowhere to put matrices."""
+    raise MoepruneError("this method changes weights, and there is nowhere to keep them")
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,20 @@ class LayerView:
         shape: the layer's sizes.
         statistics: sums over the calibration tokens; None if the method needs none.
         weights: the experts' matrices.
+        block: loads the experts and gives them as functions; the layer is freed when the next one
+            is asked for.
     """
 
     shape: LayerShape
     statistics: LayerStatistics | None
     weights: ExpertWeights
+    block: Callable[[], Block] | None = None
+
+    def need_block(self) -> Block:
+        """The experts as functions, or a clear error."""
+        if self.block is None:
+            raise MoepruneError("this method runs experts, and there is no model to run")
+        return self.block()
 
     def need(self) -> LayerStatistics:
         """The statistics, or a clear error."""
@@ -64,6 +83,7 @@ class Context:
         warn: takes a sentence for the user; it ends up in the plan.
         progress: called with (done, total, what) inside long computations.
         memo: what a method wants to find again when it plans the same model with another budget.
+        store: keeps a layer's new matrices, by expert and role, where no edit can describe them.
         pinned: by layer, experts that must stay; the user's own and protected ones.
         forbidden: by layer, experts that must not stay.
     """
@@ -73,6 +93,7 @@ class Context:
     warn: Callable[[str], None] = lambda text: None
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     memo: dict[Any, Any] = field(default_factory=dict)
+    store: Callable[[int, Mapping[tuple[int, str], Tensor]], StoredWeights] = no_storage
     pinned: Mapping[int, frozenset[int]] = field(default_factory=dict)
     forbidden: Mapping[int, frozenset[int]] = field(default_factory=dict)
 

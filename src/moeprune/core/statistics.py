@@ -115,13 +115,14 @@ class LayerStatistics:
         for name, part in result.parts.items():
             for field_name, blank in part.tensors():
                 tensor = tensors.get(f"{name}.{field_name}")
-                if tensor is None or not _fits(tensor, blank):
+                if tensor is None or not _fits(tensor, blank, part.sampled):
                     raise MoepruneError(f"statistics of layer {shape.layer}: bad {name} sums")
                 setattr(part, field_name, tensor.to(blank.dtype))
         return result
 
 
-def _fits(tensor: Tensor, blank: Tensor) -> bool:
-    """Whether shapes are equal; a first axis of 0 in ``blank`` stands for any length (samples)."""
-    anything = blank.ndim == tensor.ndim > 0 and not len(blank)
-    return tensor.shape[anything:] == blank.shape[anything:]
+def _fits(tensor: Tensor, blank: Tensor, sampled: bool) -> bool:
+    """Whether shapes are equal; an axis of 0 stands for any length in what is ``sampled``."""
+    return tensor.ndim == blank.ndim and all(
+        b == a or (sampled and b == 0) for a, b in zip(tensor.shape, blank.shape, strict=True)
+    )

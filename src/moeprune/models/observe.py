@@ -153,9 +153,14 @@ def _expert(
     if hidden_states.device.type == "cpu" and hidden_states.dtype != torch.float32:
         tokens_n = torch.cat((tokens_n, tokens_n[:1].expand(-n % _ROW_BLOCK)))
     x_nH = hidden_states[tokens_n]
-    run = _flat_expert if flat_matrices(experts) else _interface_expert
-    h_nI, f_nH = run(experts, e, x_nH)
+    h_nI, f_nH = run_expert(experts, e, x_nH)
     return x_nH[:n], h_nI[:n], f_nH[:n]
+
+
+def run_expert(experts: Any, e: int, x_nH: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden activations and outputs of one expert, before the gate."""
+    run = _flat_expert if flat_matrices(experts) else _interface_expert
+    return run(experts, e, x_nH)
 
 
 def _interface_expert(experts: Any, e: int, x_nH: Tensor) -> tuple[Tensor, Tensor]:

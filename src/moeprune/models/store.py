@@ -32,6 +32,7 @@ from moeprune.files import (
     write_together,
 )
 from moeprune.models.checkpoint import read_header
+from moeprune.models.plan_weights import find_weights, folder_of, save_weights
 
 PathLike = str | os.PathLike[str]
 STATISTICS_FORMAT = "moeprune.statistics/1"
@@ -39,7 +40,10 @@ MANIFEST = "manifest.json"
 _MAX_PLAN = _MAX_MANIFEST = 1 << 26
 _AGAIN = "make it again: moeprune calibrate MODEL --out DIR"
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_VECTORS = re.compile(r"layers\.\d+\.(novices|scale_in|scale_mid)")
+_VECTORS = re.compile(
+    r"layers\.\d+\.(novices|scale_in|scale_mid|neuron_index|neuron_factor|router|offsets)"
+)
+_INTEGERS = ("neuron_index",)
 
 
 def versions() -> dict[str, str]:
@@ -256,6 +260,7 @@ def refuse_existing_plan(path: PathLike, force: bool = False) -> None:
     """
     path = Path(path)
     refuse_existing(path, force, directory=False)
+    refuse_existing(folder_of(path), force)
     vectors_path = path.with_suffix(".safetensors")
     if path == vectors_path:
         raise OutputError(
@@ -282,6 +287,7 @@ def write_plan(plan: Plan, path: PathLike, force: bool = False) -> None:
     """Write ``path`` (JSON) and, if the plan has vectors, a safetensors file beside it."""
     path = Path(path)
     refuse_existing_plan(path, force)
+    plan = save_weights(plan, path, force)
     contents: dict[Path, bytes] = {}
     entry = None
     tensors = plan.vectors()
@@ -327,9 +333,10 @@ def read_plan(path: PathLike) -> Plan:
         except SafetensorError as error:
             raise PlanError(f"{file} is damaged: {error}") from error
         for key, tensor in tensors.items():
-            if tensor.dtype not in _FLOATING or not bool(tensor.isfinite().all()):
+            whole = key.endswith(_INTEGERS) and tensor.dtype == torch.int32
+            if not whole and not (tensor.dtype in _FLOATING and bool(tensor.isfinite().all())):
                 raise PlanError(f"{file}: {key!r} does not hold finite numbers")
-    return Plan.from_json(data, tensors)
+    return Plan.from_json(data, tensors, find_weights(data, path))
 
 
 def same_model(store: StatisticsStore, fingerprint: str, name: str) -> None:

@@ -14,12 +14,14 @@ from moeprune.core.plan import LayerPlan, Plan
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import DataError, MoepruneError
 from moeprune.models import data
+from moeprune.models.block import BlockLoader, LoadedBlock
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_novices
 from moeprune.models.counts import kernel_warnings
 from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.masking import mask_in_memory
+from moeprune.models.plan_weights import WeightsFolder
 from moeprune.models.sites import MoESite
 from moeprune.models.store import StatisticsStore, same_model, versions
 from moeprune.pipeline.calibration import observe
@@ -68,7 +70,11 @@ def plan(
     layout = expert_layout(model)
     warnings: list[str] = []
     context = Context(
-        budget, seed, warnings.append, lambda done, total, what: progress(what, done, total)
+        budget,
+        seed,
+        warnings.append,
+        lambda done, total, what: progress(what, done, total),
+        store=WeightsFolder(model.dtype).store,
     )
     store = _statistics_of(checkpoint, model_name(source), statistics if chosen.needs else None)
     facts: Mapping[str, Any] = {} if store is None else store.summary
@@ -153,7 +159,9 @@ def _plan_sequentially(
     layers: dict[int, LayerPlan] = {}
 
     def visit(site: MoESite, statistics: LayerStatistics) -> bool:
-        layer = method.plan_layer(views.view(site, statistics), context)
+        block = LoadedBlock(model, site)  # the walk has the layer in memory
+        view = replace(views.view(site, statistics), block=lambda: block)
+        layer = method.plan_layer(view, context)
         layers[site.shape.layer] = layer
         mask_in_memory(site, layer)
         return True
@@ -175,10 +183,11 @@ class _Views:
     ) -> None:
         self._model, self._layout, self._store = model, dict(layout), store
         self._progress = progress
+        self._loader = BlockLoader(model)
 
     def view(self, site: MoESite, statistics: LayerStatistics | None) -> LayerView:
         experts = DiskExperts(self._model.checkpoint, self._layout, site)
-        return LayerView(site.shape, statistics, experts)
+        return LayerView(site.shape, statistics, experts, lambda: self._loader.block(site))
 
     def __iter__(self) -> Iterator[LayerView]:
         for number, (index, site) in enumerate(sorted(self._model.sites.items())):
@@ -187,3 +196,4 @@ class _Views:
                 raise DataError(f"the statistics of layer {index} are of another shape of layer")
             yield self.view(site, statistics)
             self._progress("planning", number + 1, len(self._model.sites))
+        self._loader.close()
