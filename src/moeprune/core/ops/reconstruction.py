@@ -104,10 +104,19 @@ class Reconstruction:
         """E."""
         return int(self.gram.gram_SEE.shape[1])
 
+    def output_norm(self) -> float:
+        """The norm of the layer's own output over all tokens."""
+        full_SE = self._full()
+        square_S = ((full_SE[:, None] @ self.gram.gram_SEE)[:, 0] * full_SE).sum(dim=1)
+        return float(square_S.sum().clamp(min=0.0).sqrt())
+
+    def _full(self) -> Tensor:
+        return self.router.gates(torch.ones(1, self.experts, dtype=torch.bool))[0]
+
     def losses(self, kept_NE: Tensor) -> Tensor:
         """The error [N], float64, of each subset (True: left)."""
         step = max(1, _GATES // (self.router.tokens * self.experts))
-        full_SE = self.router.gates(torch.ones(1, self.experts, dtype=torch.bool))[0]
+        full_SE = self._full()
         return torch.cat([self._losses(part_nE, full_SE) for part_nE in kept_NE.split(step)])
 
     def _losses(self, kept_nE: Tensor, full_SE: Tensor) -> Tensor:

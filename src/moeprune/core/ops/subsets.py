@@ -151,7 +151,7 @@ def evolve(losses: Losses, choice: Choice, sizes: Evolution, seed: str) -> list[
     Each generation the better half of the population survives, and pairs of it, drawn at random,
     have one child each: what both drop, and a random part of what one of them does.
     """
-    draw = random.Random(seed)  # its sequence is the same in all versions of Python
+    draw = random.Random(seed)
     known: dict[tuple[int, ...], float] = {}
 
     def best(candidates: set[tuple[int, ...]], number: int) -> list[tuple[int, ...]]:
@@ -160,9 +160,12 @@ def evolve(losses: Losses, choice: Choice, sizes: Evolution, seed: str) -> list[
             known.update(zip(new, losses(choice.mask(new)).tolist(), strict=True))
         return sorted(candidates, key=lambda ids: choice.key(known[ids], ids))[:number]
 
-    wanted = min(sizes.population, choice.subsets())
-    alive = {_random_subset(choice, draw) for _ in range(sizes.population)}
-    for _ in range(sizes.iterations):
+    wanted = sizes.population
+    if choice.subsets() <= wanted:  # they can all be looked at
+        alive, iterations = set(choice.every()), 0
+    else:
+        alive, iterations = {_random_subset(choice, draw) for _ in range(wanted)}, sizes.iterations
+    for _ in range(iterations):
         parents = best(alive, max(2, wanted // 2))
         children = {_child(choice, draw, parents, sizes.mutation) for _ in range(wanted // 2)}
         alive = {*parents, *children}
