@@ -121,7 +121,7 @@ def choice_of(view: LayerView, context: Context, remove: int) -> Choice:
 def alone(error: Reconstruction) -> tuple[float, ...]:
     """The error if one expert goes and all others stay, for each expert; 0 if none can go."""
     E = error.experts
-    if E <= error.router.rule.shape.top_k:
+    if error.router.rule.shape.top_k >= E:
         return (0.0,) * E
     return tuple(error.losses(Choice(E, 1).mask([(e,) for e in range(E)])).tolist())
 
@@ -139,4 +139,3 @@ def skip_threshold(router: SubsetRouter, kept: tuple[int, ...]) -> float | None:
     left_1E[0, list(kept)] = True
     two_S2 = router.gates(left_1E)[0].topk(2, dim=1).values
     return float((two_S2[:, 1] / two_S2[:, 0]).quantile(0.5))
-

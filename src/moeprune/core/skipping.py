@@ -37,7 +37,8 @@ class Skipping:
         """
         beta = data.get("beta") if isinstance(data, dict) else None
         divided = data.get("renormalise") if isinstance(data, dict) else None
-        number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
-        if not number or not math.isfinite(beta) or beta < 0 or not isinstance(divided, bool):
+        if not isinstance(beta, (int, float)) or isinstance(beta, bool):
+            beta = math.nan
+        if not 0 <= beta < math.inf or not isinstance(divided, bool):
             raise PlanError(f"{where}: 'beta' is no number from 0 on, or 'renormalise' no boolean")
         return cls(float(beta), divided)

@@ -1,4 +1,4 @@
-"""MoE-I2 (arXiv 2411.01016): uneven layers, subsets by evolution, and lower ranks inside experts."""
+"""MoE-I2 (arXiv 2411.01016): uneven layers, subsets by evolution, lower ranks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from moeprune.core.accumulators import Routing
 from moeprune.core.allocation import Candidates, by_importance
 from moeprune.core.budget import (
     experts_to_remove,
@@ -23,7 +24,6 @@ from moeprune.core.ops.reconstruction import Reconstruction
 from moeprune.core.ops.subsets import Evolution, evolve
 from moeprune.core.plan import LayerPlan
 from moeprune.core.replay import NEEDS, alone, choice_of, reconstruction
-from moeprune.core.accumulators import Routing
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ class MoEI2(Method):
         error = reconstruction(view, context)
         unit = (error.output_norm() or 1.0) if self.relative else 1.0
         pinned, forbidden = context.pinned_in(shape.layer), context.forbidden_in(shape.layer)
-        low, high = removal_range(shape, least_kept(shape, 0, multiple), multiple, pinned, forbidden)
+        low, high = removal_range(
+            shape, least_kept(shape, 0, multiple), multiple, pinned, forbidden
+        )
         return Candidates(
             shape.layer,
             [value / unit for value in alone(error)],

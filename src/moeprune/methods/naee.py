@@ -104,4 +104,3 @@ class NAEE(Method):
             return None
         beta = skip_threshold(error.router, kept)
         return None if beta is None else Skipping(beta, error.router.rule.divided)
-

@@ -83,7 +83,9 @@ def skip_experts(
     for layer, skipping in thresholds.items():
         experts = sites[layer].experts
         if not hasattr(experts, "has_gate"):
-            raise UnsupportedModelError(f"{type(experts).__name__} is not told what its router chose")
+            raise UnsupportedModelError(
+                f"{type(experts).__name__} is not told what its router chose"
+            )
         hook = _hook(layer, skipping, sites[layer].shape.experts, result)
         result._handles.append(experts.register_forward_pre_hook(hook))
     return result

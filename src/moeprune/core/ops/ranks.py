@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 
 
-def shared_ranks(
-    importance: Sequence[float], outputs: int, inputs: int, ratio: float
-) -> list[int]:
+def shared_ranks(importance: Sequence[float], outputs: int, inputs: int, ratio: float) -> list[int]:
     """The rank of one matrix of each expert, in proportion to the experts' importance.
 
     Two factors of rank r hold r (outputs + inputs) weights. All factors together hold at most the

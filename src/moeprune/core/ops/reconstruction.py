@@ -117,7 +117,8 @@ class Reconstruction:
         """The error [N], float64, of each subset (True: left)."""
         step = max(1, _GATES // (self.router.tokens * self.experts))
         full_SE = self._full()
-        return torch.cat([self._losses(part_nE, full_SE) for part_nE in kept_NE.split(step)])
+        starts = range(0, len(kept_NE), step)
+        return torch.cat([self._losses(kept_NE[i : i + step], full_SE) for i in starts])
 
     def _losses(self, kept_nE: Tensor, full_SE: Tensor) -> Tensor:
         change_SnE = (self.router.gates(kept_nE) - full_SE).transpose(0, 1)

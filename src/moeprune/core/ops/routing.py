@@ -124,7 +124,7 @@ class SubsetRouter:
         shape, best = self.rule.shape, self.rule.best
         if not best:
             return choice_NSR
-        grouped = choice_NSR[..., : shape.experts].unflatten(2, (shape.groups, -1))
+        grouped = choice_NSR[..., : shape.experts].reshape(*choice_NSR.shape[:2], shape.groups, -1)
         rank_NSG = grouped.topk(best, dim=3).values.sum(dim=3)
         allowed = torch.zeros_like(rank_NSG, dtype=torch.bool).scatter_(
             2, rank_NSG.topk(shape.top_groups, dim=2).indices, True
@@ -171,7 +171,7 @@ def fit_rule(
             a bias of the choice or a scale of the gates.
     """
     S, R = z_SR.shape
-    if not S or R < shape.experts or index_SK.shape != (S, shape.top_k):
+    if not S or shape.experts > R or index_SK.shape != (S, shape.top_k):
         return None
     if int(index_SK.max()) >= R or not bool(torch.isfinite(z_SR).all()):
         return None
@@ -190,8 +190,8 @@ def _candidates(
     known = [table.reshape(-1) for _, table in sorted(tables.items()) if table.numel() == R]
     sums_SR = z_SR.double().sum(dim=1)
     probabilities = bool((z_SR >= 0).all()) and bool(((sums_SR - 1).abs() < 1e-2).all())
-    groups = (0, 2, 1) if shape.groups > 1 else (0,)
-    groups = tuple(best for best in groups if best <= shape.experts // shape.groups)
+    size = shape.experts // shape.groups
+    groups = [best for best in (0, 2, 1) if best <= size and (shape.groups > 1 or not best)]
     for bias, scale, best in product((None, *known), (None, *known), groups):
         if bias is not None and bias is scale:
             continue

@@ -59,7 +59,9 @@ class Choice:
     def open(self) -> list[int]:
         """By group, how many of the free experts go."""
         size = self.experts // self.groups
-        return [self.quota - sum(e // size == g for e in self.forbidden) for g in range(self.groups)]
+        return [
+            self.quota - sum(e // size == g for e in self.forbidden) for g in range(self.groups)
+        ]
 
     def subsets(self) -> int:
         """How many subsets are allowed."""
