@@ -46,6 +46,7 @@ class RoutingRule:
         scale_R: what the gate of each expert is multiplied by; None if it is not.
         best: how many of its best scores rank a routing group; 0 where groups do not matter.
         logarithm: whether the router's output was probabilities, whose logarithms are logits.
+        early: whether the bias is added to the logits and not to their scores.
     """
 
     shape: LayerShape
@@ -56,11 +57,12 @@ class RoutingRule:
     scale_R: Tensor | None = None
     best: int = 0
     logarithm: bool = False
+    early: bool = False
 
     @property
     def ordered(self) -> bool:
         """Whether the order of two experts for a token never depends on the others."""
-        return not self.best and (self.bias_R is None or self.score != "softmax")
+        return not self.best and (self.bias_R is None or self.early or self.score != "softmax")
 
 
 class SubsetRouter:
@@ -117,7 +119,8 @@ class SubsetRouter:
         rule = self.rule
         if rule.bias_R is None:
             return z_XR.clone()  # every score grows with the logit
-        return _scores(z_XR, rule.score) + rule.bias_R.double()
+        base_XR = z_XR if rule.early else _scores(z_XR, rule.score)
+        return base_XR + rule.bias_R.double()
 
     def _limited(self, choice_NSR: Tensor) -> Tensor:
         """The same without the groups that a token may not choose from."""
@@ -200,6 +203,8 @@ def _candidates(
             if probabilities and score == "softmax":
                 yield RoutingRule(shape, score, divided, 1.0, bias, scale, best, True)
             yield RoutingRule(shape, score, divided, 1.0, bias, scale, best)
+            if bias is not None:
+                yield RoutingRule(shape, score, divided, 1.0, bias, scale, best, early=True)
 
 
 def _fitted(
