@@ -61,23 +61,7 @@ def apply_plan(
         UnsupportedModelError: experts of this family cannot be edited, or only with ``dequantize``.
         OutputError: ``out`` exists, or could not be written; nothing is left behind.
     """
-    model = LayeredModel(checkpoint)
-    layout = expert_layout(model)
-    check_plan(model, plan, writing.pad)
-    if writing.pad and model.quantisation.method and not writing.dequantize:
-        raise UnsupportedModelError(
-            f"{checkpoint.path} is quantised, and pads have no quantised form",
-            "leave out --pad, or add --dequantize",
-        )
-    if writing.dequantize:
-        refuse_dequantize(checkpoint, model.quantisation)
-    else:
-        refuse_changes(plan, layout, model.quantisation)
-    deletes = any(layer.unroutes for layer in plan.layers.values())
-    attached = find_attached(model, layout, writing.mtp, deletes)
-    refuse_narrow(attached, new_width(model, plan.layers))
-    editor = Editor(model, plan, layout, attached, writing)
-    check_equal_counts(editor.counts, attached)
+    editor = _editor(LayeredModel(checkpoint), plan, writing)
     pieces = editor.pieces()
     config = editor.config()
     others = checkpoint.other_files()
@@ -98,6 +82,38 @@ def apply_plan(
             json_bytes(_provenance(checkpoint, plan, plan_bytes, sizes, editor.dequantized))
         )
     return sizes
+
+
+def sizes_of(model: LayeredModel, plan: Plan, writing: Writing = Writing()) -> Sizes:
+    """The sizes of the checkpoint that ``apply_plan`` would write, without writing it.
+
+    Raises:
+        MoepruneError: as ``apply_plan``, if it could not be written.
+    """
+    editor = _editor(model, plan, writing)
+    return editor.sizes(editor.pieces())
+
+
+def _editor(model: LayeredModel, plan: Plan, writing: Writing) -> Editor:
+    """The editor of a plan, after everything has been checked that can be."""
+    checkpoint = model.checkpoint
+    layout = expert_layout(model)
+    check_plan(model, plan, writing.pad)
+    if writing.pad and model.quantisation.method and not writing.dequantize:
+        raise UnsupportedModelError(
+            f"{checkpoint.path} is quantised, and pads have no quantised form",
+            "leave out --pad, or add --dequantize",
+        )
+    if writing.dequantize:
+        refuse_dequantize(checkpoint, model.quantisation)
+    else:
+        refuse_changes(plan, layout, model.quantisation)
+    deletes = any(layer.unroutes for layer in plan.layers.values())
+    attached = find_attached(model, layout, writing.mtp, deletes)
+    refuse_narrow(attached, new_width(model, plan.layers))
+    editor = Editor(model, plan, layout, attached, writing)
+    check_equal_counts(editor.counts, attached)
+    return editor
 
 
 def _provenance(

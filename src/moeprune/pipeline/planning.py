@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moeprune.core.budget import Budget, next_multiple
+from moeprune.core.constraints import Constraints
 from moeprune.core.method import Context, LayerView, Method, make_method
 from moeprune.core.plan import LayerPlan, Plan
 from moeprune.core.statistics import LayerStatistics
+from moeprune.core.targets import Target
 from moeprune.errors import DataError, MoepruneError
 from moeprune.models import data
 from moeprune.models.block import BlockLoader, LoadedBlock
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_novices
 from moeprune.models.counts import kernel_warnings
+from moeprune.models.editing import Writing
 from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.memory_edits import edit_in_memory
 from moeprune.models.plan_weights import WeightsFolder
 from moeprune.models.sites import MoESite
 from moeprune.models.store import StatisticsStore, same_model, versions
+from moeprune.pipeline.asking import FixedExperts, accept, resolve
 from moeprune.pipeline.calibration import observe
 from moeprune.pipeline.inputs import (
     Compute,
@@ -40,7 +44,7 @@ from moeprune.pipeline.inputs import (
 def plan(
     source: Source,
     method: str | Method,
-    budget: Budget,
+    budget: Budget | Target,
     statistics: Source | None = None,
     text: Text | None = None,
     options: Mapping[str, Any] | None = None,
@@ -48,18 +52,21 @@ def plan(
     seed: int = 0,
     progress: Progress = silent,
     uniform: bool = False,
+    constraints: Constraints = Constraints(),
+    writing: Writing = Writing(),
 ) -> Plan:
     """Decide what happens to every expert.
 
     A method that scores on calibration text reads ``statistics``; one that edits a layer before
     the next is observed (``sequential``) walks the model over ``text`` instead. With ``uniform``
-    every layer keeps the same number, the mean of what the method would keep, rounded up.
+    every layer keeps the same number, the mean of what the method would keep, rounded up. A
+    ``Target`` is met by the least removal whose checkpoint, written as ``writing`` says, fits.
 
     Raises:
         MoepruneError: anything the user can mend.
     """
     chosen = method if isinstance(method, Method) else make_method(method, options)
-    chosen.accept(budget)
+    accept(chosen, budget, constraints)
     if statistics is not None and chosen.sequential:
         raise MoepruneError(
             f"{chosen.name} edits each layer before it observes the next: no statistics fit that",
@@ -69,36 +76,55 @@ def plan(
     model = compute.open(checkpoint)
     layout = expert_layout(model)
     warnings: list[str] = []
-    context = Context(
-        budget,
-        seed,
-        warnings.append,
-        lambda done, total, what: progress(what, done, total),
-        store=WeightsFolder(model.dtype).store,
-    )
-    store = _statistics_of(checkpoint, model_name(source), statistics if chosen.needs else None)
+    shapes = {index: site.shape for index, site in model.sites.items()}
+    read = statistics if chosen.needs or constraints.protect_super else None
+    store = _statistics_of(checkpoint, model_name(source), read)
     facts: Mapping[str, Any] = {} if store is None else store.summary
     views = _Views(model, layout, store, progress)
-    if chosen.sequential:
-        layers, facts = _plan_sequentially(chosen, model, views, context, text, compute, progress)
-    else:
-        layers = chosen.plan_model(views, context)
-        if uniform:
-            layers = _equalised(chosen, layers, views, context)
+    fixed = FixedExperts.of(constraints, shapes, store)
+
+    def decide(budget: Budget, warn: Callable[[str], None]) -> dict[int, LayerPlan]:
+        nonlocal facts
+        asked = replace(context, budget=budget, warn=warn)
+        if chosen.sequential:
+            layers, facts = _plan_sequentially(chosen, model, views, asked, text, compute, progress)
+            return layers
+        layers = chosen.plan_model(views, asked)
+        return _equalised(chosen, layers, views, asked) if uniform else layers
+
+    context = Context(
+        Budget(ratio=0.0),
+        seed,
+        progress=lambda done, total, what: progress(what, done, total),
+        store=WeightsFolder(model.dtype).store,
+        pinned=fixed.staying,
+        forbidden=fixed.forbidden,
+    )
+    asked_for: dict[str, Any] = {}
+    if isinstance(budget, Target):
+        budget, asked_for = resolve(
+            budget, chosen, model, writing, lambda budget: decide(budget, lambda text: None)
+        )
+    layers = fixed.heeded(decide(budget, warnings.append), chosen.name)
     check_novices(model, layers)
     warnings += [*kernel_warnings(model, layers), *_table_warnings(layout, layers)]
     result = Plan(
         layers=layers,
         method=chosen.name,
         options=chosen.options(),
-        budget=budget.to_json() | ({"uniform": True} if uniform else {}),
+        budget={
+            **budget.to_json(),
+            **({"uniform": True} if uniform else {}),
+            **asked_for,
+            **fixed.to_json(constraints.protect_super),
+        },
         model=describe_model(model, model_name(source)),
         statistics=facts,
         seed=seed,
-        warnings=tuple(warnings),
+        warnings=tuple(dict.fromkeys(warnings)),  # a layer may be planned more than once
         versions=versions(),
     )
-    result.check({index: site.shape for index, site in model.sites.items()})
+    result.check(shapes)
     return result
 
 
