@@ -7,7 +7,7 @@ or another method. The registry is the only mutable state of the package.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moeprune.core.budget import Budget
 from moeprune.core.edits import ExpertWeights, StoredWeights
+from moeprune.core.partial import PartialStatistics
 from moeprune.core.plan import LayerPlan
 from moeprune.core.shapes import LayerShape
 from moeprune.core.statistics import LayerStatistics
@@ -50,12 +51,21 @@ class LayerView:
         weights: the experts' matrices.
         block: loads the experts and gives them as functions; the layer is freed when the next one
             is asked for.
+        again: runs the layer over the text again and yields these accumulators, of as many experts
+            at a time as fit into so many bytes; only while a walk stands at the layer.
     """
 
     shape: LayerShape
     statistics: LayerStatistics | None
     weights: ExpertWeights
     block: Callable[[], Block] | None = None
+    again: Callable[[Sequence[str], int], Iterator[PartialStatistics]] | None = None
+
+    def observe_parts(self, needs: Sequence[str], limit: int) -> Iterator[PartialStatistics]:
+        """Statistics that are too large to collect at once, some experts after the other."""
+        if self.again is None:
+            raise MoepruneError("this method observes layers again, and there is no walk")
+        return self.again(needs, limit)
 
     def need_block(self) -> Block:
         """The experts as functions, or a clear error."""
@@ -118,6 +128,11 @@ class Method(ABC):
     def sequential(self) -> bool:
         """Whether a layer must be edited before the next one is observed."""
         return False
+
+    @property
+    def observes(self) -> tuple[str, ...]:
+        """Of ``needs``, what a sequential method wants collected before ``plan_layer``."""
+        return self.needs
 
     @abstractmethod
     def plan_layer(self, view: LayerView, context: Context) -> LayerPlan:

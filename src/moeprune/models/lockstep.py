@@ -13,8 +13,9 @@ not depend on how many run beside it, and results are the same on any number of 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
@@ -139,12 +140,14 @@ class Lockstep:
         self,
         collect: Callable[[int], Collector] | None = None,
         finished: Callable[[Job], None] = lambda job: None,
+        window: int = 0,
     ) -> None:
         """Run the layer at which all batches stand.
 
         Args:
             collect: makes the collector of a batch when it starts; None observes nothing.
             finished: called in order of batches.
+            window: batches that have started and are not yet ``finished``, at most; 0 is no limit.
         """
 
         def compute(job: Job) -> Job:
@@ -152,8 +155,13 @@ class Lockstep:
             job.compute()
             return job
 
-        for job in self._pool.map(compute, self.jobs):
-            finished(job)
+        started: deque[Future[Job]] = deque()
+        for job in self.jobs:
+            started.append(self._pool.submit(compute, job))
+            if len(started) == window:
+                finished(started.popleft().result())
+        while started:
+            finished(started.popleft().result())
 
     def advance(self, finished: Callable[[Job], None] = lambda job: None) -> None:
         """Hand the outputs on: to the next layer, or through norm and head to the end."""

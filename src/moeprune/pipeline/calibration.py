@@ -72,14 +72,17 @@ def observe(
     visit: Callable[[MoESite, LayerStatistics], bool],
     progress: Progress = silent,
     seed: int = 0,
+    opened: Callable[[Walk], None] = lambda walk: None,
 ) -> None:
     """Walk ``model`` over ``domains`` and show ``visit`` every MoE layer with its statistics.
 
     If ``visit`` returns True it has changed the layer's weights, and the layers behind it see that.
+    ``opened`` gets the walk before it starts: ``visit`` can let it run the layer again.
     """
 
     def tell(done: int, total: int) -> None:
         progress("walking", done, total)
 
     with Walk(model, data.batches(domains, seed), compute.workers, tell) as walk:
+        opened(walk)
         walk.layers(needs, visit)

@@ -24,6 +24,7 @@ from moeprune.models.masking import mask_in_memory
 from moeprune.models.plan_weights import WeightsFolder
 from moeprune.models.sites import MoESite
 from moeprune.models.store import StatisticsStore, same_model, versions
+from moeprune.models.walk import Walk
 from moeprune.pipeline.calibration import observe
 from moeprune.pipeline.inputs import (
     Compute,
@@ -157,16 +158,21 @@ def _plan_sequentially(
         )
     domains = read_calibration(model.checkpoint, text)
     layers: dict[int, LayerPlan] = {}
+    walks: list[Walk] = []
 
     def visit(site: MoESite, statistics: LayerStatistics) -> bool:
         block = LoadedBlock(model, site)  # the walk has the layer in memory
-        view = replace(views.view(site, statistics), block=lambda: block)
+        view = replace(
+            views.view(site, statistics),
+            block=lambda: block,
+            again=lambda needs, limit: walks[0].observe_parts(site, needs, limit),
+        )
         layer = method.plan_layer(view, context)
         layers[site.shape.layer] = layer
         mask_in_memory(site, layer)
         return True
 
-    observe(model, domains, compute, method.needs, visit, progress)
+    observe(model, domains, compute, method.observes, visit, progress, opened=walks.append)
     described = {**data.describe(domains), "seed": text.seed}
     return layers, {"data": described, "dtype": str(model.dtype).removeprefix("torch.")}
 
