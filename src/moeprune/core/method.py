@@ -19,6 +19,7 @@ from moeprune.core.budget import Budget
 from moeprune.core.edits import ExpertWeights, StoredWeights
 from moeprune.core.partial import PartialStatistics
 from moeprune.core.plan import LayerPlan
+from moeprune.core.residual import Residual
 from moeprune.core.shapes import LayerShape
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import BudgetError, MoepruneError, nearest
@@ -156,6 +157,10 @@ class Method(ABC):
         ``views`` may be iterated more than once; each pass loads one layer at a time.
         """
         return {view.shape.layer: self.plan_layer(view, context) for view in views}
+
+    def plan_depth(self, residual: Residual, context: Context) -> tuple[int, ...]:
+        """Decoder layers that go as a whole; asked of methods that need ``residual``."""
+        return ()
 
     def per_layer(self) -> Method:
         """This method when every layer is to lose the same number; overridden if layers compete."""

@@ -40,6 +40,7 @@ class Job(threading.Thread):
         self.collector: Collector | None = None
         self._call = call
         self._done = done
+        self.entered: Any = None
         self._layer: Callable[[], Any] | None = None
         self._go_on: SimpleQueue[bool] = SimpleQueue()
 
@@ -55,9 +56,12 @@ class Job(threading.Thread):
             self.error = error
         self._done.put(self)
 
-    def stop_at(self, layer: Callable[[], Any]) -> Any:
-        """Called in this thread in place of a decoder layer: wait for its output."""
-        self._layer = layer
+    def stop_at(self, layer: Callable[[], Any], entered: Any) -> Any:
+        """Called in this thread in place of a decoder layer: wait for its output.
+
+        ``entered`` is what goes into it.
+        """
+        self._layer, self.entered = layer, entered
         self._done.put(self)
         if not self._go_on.get():
             raise _Aborted
@@ -72,7 +76,7 @@ class Job(threading.Thread):
 
     def go_on(self, wanted: bool = True) -> None:
         """Let the thread continue with the layer's output, or end it."""
-        self._layer = None
+        self._layer = self.entered = None
         self._go_on.put(wanted)
 
 
@@ -132,7 +136,8 @@ class Lockstep:
             job = _CURRENT.job
             if job is None:
                 return forward(*args, **kwargs)
-            return job.stop_at(lambda: forward(*args, **kwargs))
+            entered = args[0] if args else kwargs.get("hidden_states")
+            return job.stop_at(lambda: forward(*args, **kwargs), entered)
 
         return gated
 

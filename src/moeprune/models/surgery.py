@@ -24,6 +24,7 @@ from moeprune.models.byte_exact import (
 )
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_plan
+from moeprune.models.depth import Shallower
 from moeprune.models.editing import Editor, Sizes, Writing
 from moeprune.models.generated import (
     CODE_FILES,
@@ -77,6 +78,9 @@ def apply_plan(
     check_equal_counts(editor.counts, attached)
     pieces = editor.pieces()
     config = editor.config()
+    if plan.drop_layers:
+        shallower = Shallower(model, plan.drop_layers)
+        config, pieces = shallower.config(config), shallower.pieces(pieces)
     others = checkpoint.other_files()
     with new_directory(out, force) as work:
         write_shards(work, pieces, progress=progress)
@@ -117,4 +121,5 @@ def _provenance(
         "tensor_bytes": list(sizes.bytes),
         "dequantized_from": dequantized,
         "attached": dict(sizes.attached),
+        **({"dropped_layers": list(plan.drop_layers)} if plan.drop_layers else {}),
     }

@@ -108,6 +108,7 @@ class Walk:
         self,
         needs: Sequence[str] = (),
         visit: Callable[[MoESite, LayerStatistics], bool] | None = None,
+        stream: Callable[[Sequence[object]], None] | None = None,
     ) -> None:
         """Run all decoder layers.
 
@@ -115,12 +116,15 @@ class Walk:
             needs: accumulators to collect in the MoE layers; none runs the model's own experts.
             visit: called for each MoE layer with its statistics, its weights in memory. If it
                 returns True it has changed them, and the layer runs again before the next one.
+            stream: gets the residual stream of all batches before every layer, and after the last.
         """
         following: Future[None] = self._loader.submit(self._load, 0)
         for index in range(len(self.model.layers)):
             following.result()
             if index + 1 < len(self.model.layers):
                 following = self._loader.submit(self._load, index + 1)
+            if stream is not None:
+                stream([job.entered for job in self._lockstep.jobs])
             site = self.model.sites.get(index)
             if site is None or not needs:
                 self._lockstep.run(finished=lambda job: self._step())
@@ -130,6 +134,8 @@ class Walk:
                     self._lockstep.run()
             if index + 1 < len(self.model.layers):
                 self._lockstep.advance()  # past the last layer only when logits are asked for
+            elif stream is not None:
+                stream([job.output for job in self._lockstep.jobs])
             self.model.free_layer(index)
             _return_memory()
 

@@ -11,6 +11,7 @@ from typing import Any
 from moeprune.core.budget import Budget, next_multiple
 from moeprune.core.method import Context, LayerView, Method, make_method
 from moeprune.core.plan import LayerPlan, Plan
+from moeprune.core.residual import NAME as RESIDUAL
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import DataError, MoepruneError
 from moeprune.models import data
@@ -88,6 +89,14 @@ def plan(
             layers = _equalised(chosen, layers, views, context)
     check_novices(model, layers)
     warnings += [*kernel_warnings(model, layers), *_table_warnings(layout, layers)]
+    dropped: tuple[int, ...] = ()
+    if RESIDUAL in chosen.needs:
+        if store is None:
+            raise MoepruneError(
+                f"{chosen.name} needs the residual stream, and there are no statistics",
+                f"run moeprune calibrate with --collect {RESIDUAL}, and give it as --statistics",
+            )
+        dropped = chosen.plan_depth(store.residual(), context)
     result = Plan(
         layers=layers,
         method=chosen.name,
@@ -98,6 +107,7 @@ def plan(
         seed=seed,
         warnings=tuple(warnings),
         versions=versions(),
+        drop_layers=dropped,
     )
     result.check({index: site.shape for index, site in model.sites.items()})
     return result
