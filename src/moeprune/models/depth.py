@@ -30,7 +30,7 @@ from moeprune.models.writer import Piece
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "ple_layer_ids", "full_attn_idxs")
+_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 _BY_LAYER = ("per_layer_config", "experts_per_layer", "approximate_experts")
 _PER_LAYER = re.compile(r"(?!mtp).*(?:layer.*|_types|_per_layer)")
 _PATTERNS = ("hybrid_override_pattern",)
@@ -136,6 +136,8 @@ class Shallower:
             return {str(new): entries[o] for new, o in enumerate(self.kept) if o in entries}
         if not isinstance(value, (list, tuple)) or not _PER_LAYER.fullmatch(key):
             return None
+        if key == "ple_layer_ids":  # counted from 1
+            return [new + 1 for new, old in enumerate(self.kept) if old + 1 in value]
         if key in _INDEX_LISTS:
             return [new for new, old in enumerate(self.kept) if old in value]
         if len(value) >= before and len(value) - before in (0, *self._heads):

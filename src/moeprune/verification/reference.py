@@ -210,15 +210,20 @@ class Reference:
     def sources(self) -> Iterator[tuple[str, Source]]:
         """(name in the checkpoint, where it comes from) of every tensor that must be there."""
         for key, source in self._sources():
-            name = key if self.shallower is None else self.shallower.renamed(key)
+            name = self._moved(key)
             if name is not None:
                 yield name, source
+
+    def _moved(self, key: str) -> str | None:
+        """A tensor's name after layers were dropped; None if it is gone."""
+        return key if self.shallower is None else self.shallower.renamed(key)
 
     def _sources(self) -> Iterator[tuple[str, Source]]:
         """The same, by the name before layers are dropped."""
         without_heads = not any(self.subject.attached(key) for key in self.subject.tensors)
         for key, info in self.checkpoint.tensors.items():
-            head = self.subject.attached(key) and key not in self.layout
+            moved = self._moved(key)
+            head = moved is not None and self.subject.attached(moved) and key not in self.layout
             if head and without_heads:
                 continue  # left out: the rule 'attached-heads' knows whether config.json says so
             tensor = self._head_tensor(key) if head else self.layout.get(key)
