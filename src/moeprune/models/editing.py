@@ -283,6 +283,8 @@ class Editor:
         """Sizes before and after."""
         before = sum(site.shape.experts for site in self.model.sites.values())
         gone = sum(len(p.dropped) + len(p.replaced) for p in self.plan.layers.values())
+        sites = self.model.sites
+        gone += sum(sites[i].shape.experts for i in self.plan.drop_layers if i in sites)
         numel = parameters(self.checkpoint)
         after = sum(parameters_of(piece.name, piece.dtype, piece.shape) for piece in pieces)
         return Sizes(

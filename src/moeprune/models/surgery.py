@@ -25,6 +25,7 @@ from moeprune.models.byte_exact import (
 )
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_plan
+from moeprune.models.depth import Shallower
 from moeprune.models.editing import Editor, Sizes, Writing
 from moeprune.models.generated import (
     CODE_FILES,
@@ -32,7 +33,7 @@ from moeprune.models.generated import (
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.width import new_width
-from moeprune.models.writer import write_shards
+from moeprune.models.writer import Piece, write_shards
 
 PROVENANCE = "moeprune.json"
 PLAN_COPY = "moeprune_plan.json"
@@ -62,8 +63,7 @@ def apply_plan(
         OutputError: ``out`` exists, or could not be written; nothing is left behind.
     """
     editor = _editor(LayeredModel(checkpoint), plan, writing)
-    pieces = editor.pieces()
-    config = editor.config()
+    pieces, config = _written(editor)
     others = checkpoint.other_files()
     with new_directory(out, force) as work:
         write_shards(work, pieces, progress=progress)
@@ -91,7 +91,16 @@ def sizes_of(model: LayeredModel, plan: Plan, writing: Writing = Writing()) -> S
         MoepruneError: as ``apply_plan``, if it could not be written.
     """
     editor = _editor(model, plan, writing)
-    return editor.sizes(editor.pieces())
+    return editor.sizes(_written(editor)[0])
+
+
+def _written(editor: Editor) -> tuple[list[Piece], dict[str, Any]]:
+    """The tensors and the configuration of the new checkpoint."""
+    pieces, config = editor.pieces(), editor.config()
+    if editor.plan.drop_layers:
+        shallower = Shallower(editor.model, editor.plan.drop_layers)
+        config, pieces = shallower.config(config), shallower.pieces(pieces)
+    return pieces, config
 
 
 def _editor(model: LayeredModel, plan: Plan, writing: Writing) -> Editor:
@@ -136,4 +145,5 @@ def _provenance(
         "tensor_bytes": list(sizes.bytes),
         "dequantized_from": dequantized,
         "attached": dict(sizes.attached),
+        **({"dropped_layers": list(plan.drop_layers)} if plan.drop_layers else {}),
     }

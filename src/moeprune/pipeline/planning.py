@@ -12,6 +12,7 @@ from moeprune.core.budget import Budget, next_multiple
 from moeprune.core.constraints import Constraints
 from moeprune.core.method import Context, LayerView, Method, make_method
 from moeprune.core.plan import LayerPlan, Plan
+from moeprune.core.residual import NAME as RESIDUAL
 from moeprune.core.statistics import LayerStatistics
 from moeprune.core.targets import Target
 from moeprune.errors import DataError, MoepruneError
@@ -27,6 +28,7 @@ from moeprune.models.memory_edits import edit_in_memory
 from moeprune.models.plan_weights import WeightsFolder
 from moeprune.models.sites import MoESite
 from moeprune.models.store import StatisticsStore, same_model, versions
+from moeprune.models.walk import Walk
 from moeprune.pipeline.asking import FixedExperts, accept, resolve
 from moeprune.pipeline.calibration import observe
 from moeprune.pipeline.inputs import (
@@ -108,6 +110,14 @@ def plan(
     layers = fixed.heeded(decide(budget, warnings.append), chosen.name)
     check_novices(model, layers)
     warnings += [*kernel_warnings(model, layers), *_table_warnings(layout, layers)]
+    dropped: tuple[int, ...] = ()
+    if RESIDUAL in chosen.needs:
+        if store is None:
+            raise MoepruneError(
+                f"{chosen.name} needs the residual stream, and there are no statistics",
+                f"run moeprune calibrate with --collect {RESIDUAL}, and give it as --statistics",
+            )
+        dropped = chosen.plan_depth(store.residual(), replace(context, budget=budget))
     result = Plan(
         layers=layers,
         method=chosen.name,
@@ -123,6 +133,7 @@ def plan(
         seed=seed,
         warnings=tuple(dict.fromkeys(warnings)),  # a layer may be planned more than once
         versions=versions(),
+        drop_layers=dropped,
     )
     result.check(shapes)
     return result
@@ -183,16 +194,21 @@ def _plan_sequentially(
         )
     domains = read_calibration(model.checkpoint, text)
     layers: dict[int, LayerPlan] = {}
+    walks: list[Walk] = []
 
     def visit(site: MoESite, statistics: LayerStatistics) -> bool:
         block = LoadedBlock(model, site)  # the walk has the layer in memory
-        view = replace(views.view(site, statistics), block=lambda: block)
+        view = replace(
+            views.view(site, statistics),
+            block=lambda: block,
+            again=lambda needs, limit: walks[0].observe_parts(site, needs, limit),
+        )
         layer = method.plan_layer(view, context)
         layers[site.shape.layer] = layer
         edit_in_memory(model, site, layer)
         return True
 
-    observe(model, domains, compute, method.needs, visit, progress)
+    observe(model, domains, compute, method.observes, visit, progress, opened=walks.append)
     described = {**data.describe(domains), "seed": text.seed}
     return layers, {"data": described, "dtype": str(model.dtype).removeprefix("torch.")}
 
