@@ -42,6 +42,7 @@ _HOME = {
     "prune": "moeprune.pipeline.stages",
     "read_plan": "moeprune.models.store",
     "register": "moeprune.core.method",
+    "skip_experts": "moeprune.models.skip_experts",
     "verify": "moeprune.pipeline.verification",
     "write_plan": "moeprune.models.store",
 }
@@ -69,6 +70,7 @@ __all__ = [
     "prune",
     "read_plan",
     "register",
+    "skip_experts",
     "verify",
     "write_plan",
 ]
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from moeprune.errors import MoepruneError
     from moeprune.models.editing import Writing
     from moeprune.models.runtime import load
+    from moeprune.models.skip_experts import skip_experts
     from moeprune.models.store import merge_statistics, read_plan, write_plan
     from moeprune.pipeline.calibration import calibrate
     from moeprune.pipeline.inputs import Compute, Text

@@ -22,7 +22,7 @@ from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_novices
 from moeprune.models.counts import kernel_warnings
 from moeprune.models.editing import Writing
-from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout
+from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout, read_router
 from moeprune.models.loading import LayeredModel
 from moeprune.models.memory_edits import edit_in_memory
 from moeprune.models.plan_weights import WeightsFolder
@@ -195,6 +195,14 @@ def _plan_sequentially(
     domains = read_calibration(model.checkpoint, text)
     layers: dict[int, LayerPlan] = {}
     walks: list[Walk] = []
+    dense: dict[int, LayerStatistics] = {}
+    if method.compares:
+
+        def keep(site: MoESite, statistics: LayerStatistics) -> bool:
+            dense[site.shape.layer] = statistics
+            return False
+
+        observe(model, domains, compute, method.compares, keep, progress)
 
     def visit(site: MoESite, statistics: LayerStatistics) -> bool:
         block = LoadedBlock(model, site)  # the walk has the layer in memory
@@ -202,6 +210,7 @@ def _plan_sequentially(
             views.view(site, statistics),
             block=lambda: block,
             again=lambda needs, limit: walks[0].observe_parts(site, needs, limit),
+            dense=dense.get(site.shape.layer),
         )
         layer = method.plan_layer(view, context)
         layers[site.shape.layer] = layer
@@ -229,7 +238,13 @@ class _Views:
 
     def view(self, site: MoESite, statistics: LayerStatistics | None) -> LayerView:
         experts = DiskExperts(self._model.checkpoint, self._layout, site)
-        return LayerView(site.shape, statistics, experts, lambda: self._loader.block(site))
+        return LayerView(
+            site.shape,
+            statistics,
+            experts,
+            lambda: self._loader.block(site),
+            lambda: read_router(self._model.checkpoint, self._layout, site.shape.layer),
+        )
 
     def __iter__(self) -> Iterator[LayerView]:
         for number, (index, site) in enumerate(sorted(self._model.sites.items())):
