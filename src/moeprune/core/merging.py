@@ -1,33 +1,25 @@
-"""What all methods that merge experts share: cores, groups, alignment, and the plan they make.
+"""What methods that merge experts share: cores, groups, and the plan that they make.
 
 A group is a core and the experts that join it. The group becomes one expert, under the core's id:
-the weighted sum of its members' neurons, put in the core's order. Axes: E experts, I neurons.
+the weighted sum of its members' neurons, put in the core's order. Axes: E experts, C cores, I
+neurons.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from moeprune.core.accumulators import TokenSample
-from moeprune.core.budget import Budget, experts_to_remove, lowest, removable
-from moeprune.core.edits import ExpertWeights, Neurons
+from moeprune.core.budget import Budget, least_kept, removable
+from moeprune.core.edits import Neurons
 from moeprune.core.layer_plan import LayerPlan
-from moeprune.core.method import Context, LayerView
-from moeprune.core.ops.matching import (
-    best_assignment,
-    correlations,
-    cosines,
-    distances,
-    inner_products,
-)
+from moeprune.core.ranking import Ranking
 from moeprune.core.shapes import LayerShape
 from moeprune.errors import BudgetError
 
@@ -35,11 +27,8 @@ Router = Literal["slice", "mean", "original"]
 """``slice`` keeps the core's row, ``mean`` averages the rows of a group with the weights of its
 experts, ``original`` keeps all rows: a token that chooses a member is answered by its group."""
 
-Align = Literal["none", "weights", "activations", "both"]
-"""``weights``: inner products of neurons (arXiv 2310.01334); ``activations``: correlation of
-neurons on sampled tokens; ``both``: distance of unit weights plus distance of unit activations."""
 
-_THREADS = max(1, min(4, os.cpu_count() or 1))
+Scores = Mapping[str, tuple[float | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -83,54 +72,6 @@ def free_shape(shape: LayerShape, router: Router) -> LayerShape:
     return replace(shape, groups=1, top_groups=1, top_k=1) if router == "original" else shape
 
 
-def experts_kept(budget: Budget, shape: LayerShape, router: Router, floor: int = 0) -> int:
-    """How many experts (groups) remain in a layer.
-
-    Raises:
-        BudgetError: fewer than the router needs, or none.
-    """
-    free = free_shape(shape, router)
-    if budget.keep is not None and not experts_to_remove(budget, free) < shape.experts:
-        raise BudgetError(f"--keep {budget.keep}: at least one expert must stay to merge into")
-    return shape.experts - removable(budget, free, floor)
-
-
-def choose_cores(
-    scores: Sequence[float],
-    counts: Sequence[int],
-    keep: int,
-    shape: LayerShape,
-    pinned: Collection[int] = (),
-    forbidden: Collection[int] = (),
-) -> list[int]:
-    """The ``keep`` experts with the highest scores, ascending; pinned first, forbidden last.
-
-    Ties and routing groups as in ``budget.lowest``.
-    """
-    ranked = [
-        math.inf if e in pinned else -math.inf if e in forbidden else score
-        for e, score in enumerate(scores)
-    ]
-    gone = set(lowest(ranked, counts, shape.experts - keep, shape))
-    cores = [e for e in range(shape.experts) if e not in gone]
-    for group in range(shape.groups):
-        own = [e for e in range(shape.experts) if shape.group_of(e) == group]
-        free = [e for e in own if e not in forbidden]
-        check_cores(len(free), len(set(pinned) & set(own)), keep // shape.groups, shape)
-    return cores
-
-
-def check_cores(free: int, pinned: int, keep: int, shape: LayerShape) -> None:
-    """Raise ``BudgetError`` unless ``keep`` of ``free`` experts can stay and all pinned do."""
-    if not pinned <= keep <= free:
-        what = f"{pinned} are pinned" if keep < pinned else f"only {free} are not forbidden"
-        raise BudgetError(
-            f"layer {shape.layer}: {keep} experts are to stay, but {what}"
-            + (" in a routing group" if shape.groups > 1 else ""),
-            "change the budget, or pin and forbid fewer experts",
-        )
-
-
 def join_most_similar(
     similarity_EE: Tensor, cores: Sequence[int], shape: LayerShape
 ) -> tuple[int, ...]:
@@ -144,89 +85,6 @@ def join_most_similar(
         near = [c for c in cores if shape.group_of(c) == shape.group_of(e)]
         found.append(e if e in near else max(near, key=lambda c: (similarity[e][c], -c)))
     return tuple(found)
-
-
-def rows_per_neuron(weights: ExpertWeights, expert: int, roles: Sequence[str]) -> list[Tensor]:
-    """An expert's matrices with one row per neuron: gate and up as they are, down transposed."""
-    found = [weights.matrix(expert, role) for role in roles]
-    return [m.T if role == "down" else m for role, m in zip(roles, found, strict=True)]
-
-
-@dataclass
-class Aligner:
-    """Finds the orders of neurons; one pair of experts per thread in memory, and a gain [I, I]."""
-
-    view: LayerView
-    how: Align
-    _hidden: dict[int, Tensor] = field(default_factory=dict)
-
-    def orders(self, pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
-        """For each pair (anchor, member): the member's neuron that belongs at each of the anchor's.
-
-        Returns:
-            int64 [I] by pair.
-        """
-        if self.how == "none" or not pairs:
-            return {pair: torch.arange(self.view.shape.intermediate) for pair in pairs}
-        found: dict[tuple[int, int], Tensor] = {}
-        ordered = sorted(pairs)  # members of one anchor follow each other
-        with ThreadPoolExecutor(_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for start in range(0, len(ordered), _THREADS):
-                some = ordered[start : start + _THREADS]
-                self._run_experts({e for pair in some for e in pair})
-                found |= zip(some, pool.map(self._order, some), strict=True)
-        self._hidden.clear()
-        return found
-
-    def _run_experts(self, experts: Collection[int]) -> None:
-        """Keep the activations of these experts only: experts run one at a time, in this thread."""
-        if self.how not in ("activations", "both"):
-            return
-        x_SH = self.view.need().part(TokenSample).x_SH
-        block = self.view.need_block()
-        for gone in set(self._hidden) - set(experts):
-            del self._hidden[gone]
-        for e in sorted(set(experts) - set(self._hidden)):
-            self._hidden[e] = block.hidden(e, x_SH).cpu()
-
-    def _order(self, pair: tuple[int, int]) -> Tensor:
-        anchor, member = pair
-        if self.how == "activations":
-            return best_assignment(correlations(self._hidden[anchor], self._hidden[member]))
-        one, two = (rows_per_neuron(self.view.weights, e, self.view.shape.roles) for e in pair)
-        if self.how == "weights":
-            return best_assignment(inner_products(one, two))
-        by_weights = distances(cosines(one, two))
-        h_one, h_two = self._hidden[anchor].T, self._hidden[member].T
-        return best_assignment(-(by_weights + distances(cosines([h_one], [h_two]))))
-
-
-def align_groups(
-    groups: Groups, view: LayerView, how: Align, anchor: int | None = None
-) -> dict[int, Tensor]:
-    """For every expert that gives to a group of several, its neuron at each of the core's.
-
-    Args:
-        groups: who joins whom.
-        view: the layer.
-        how: what neurons are compared by.
-        anchor: all experts are aligned to this one, and so to each other; None aligns members to
-            their core.
-
-    Returns:
-        int64 [I] by expert, also for cores: the identity where ``anchor`` is None.
-    """
-    several = [givers for core in groups.cores if (givers := groups.givers(core)) != [core]]
-    identity = torch.arange(view.shape.intermediate)
-    pairs: list[tuple[int, int]] = []
-    found: dict[int, Tensor] = {}
-    for givers in several:
-        core = groups.core_of[givers[0]]
-        to = core if anchor is None else anchor
-        pairs += [(to, e) for e in givers if e != to]
-        found |= {to: identity} if to in givers else {}
-    orders = Aligner(view, how).orders(pairs)
-    return found | {member: order for (_, member), order in orders.items()}
 
 
 def merged_neurons(groups: Groups, order: Mapping[int, Tensor], width: int) -> Neurons:
@@ -252,23 +110,26 @@ def router_rows(groups: Groups) -> Tensor:
     return rows_CE.float()
 
 
+def untouched(shape: LayerShape, scores: Scores) -> LayerPlan:
+    """The plan of a layer in which no expert joins another."""
+    return LayerPlan(shape.layer, shape.experts, tuple(range(shape.experts)), scores=scores)
+
+
 def merged_plan(
     shape: LayerShape,
     groups: Groups,
     order: Mapping[int, Tensor],
     router: Router,
-    scores: Mapping[str, Sequence[float]],
+    scores: Scores,
     notes: tuple[str, ...] = (),
 ) -> LayerPlan:
-    """The plan of one layer; nothing is edited where every expert is its own group."""
+    """The plan of one layer in which at least one expert joins another."""
     cores = groups.cores
-    own = {
-        **{name: tuple(map(float, values)) for name, values in scores.items()},
+    own: Scores = {
+        **scores,
         "joins": tuple(map(float, groups.core_of)),
         "share": tuple(groups.share_E.tolist()),
     }
-    if len(cores) == shape.experts:
-        return LayerPlan(shape.layer, shape.experts, cores, scores=own, notes=notes)
     touched = any(groups.givers(core) != [core] for core in cores)
     return LayerPlan(
         layer=shape.layer,
@@ -282,8 +143,46 @@ def merged_plan(
     )
 
 
-def protected(context: Context, layer: int) -> tuple[frozenset[int], frozenset[int]]:
-    """The experts of a layer that must be cores, and those that must not."""
-    pinned = getattr(context, "pinned", {}).get(layer, frozenset())
-    forbidden = getattr(context, "forbidden", {}).get(layer, frozenset())
-    return frozenset(pinned), frozenset(forbidden)
+@dataclass(frozen=True)
+class Merger(Ranking):
+    """Base of the methods that merge the experts with the lowest scores into the others.
+
+    Options:
+        router: ``slice`` keeps the cores' rows; ``mean`` averages the rows of a group with the
+            weights of its experts; ``original`` keeps all rows, so that members still collect
+            tokens for their group: such checkpoints need the code that travels with them.
+        floor: never keep fewer experts than this, nor, unless the router stays whole, than top-k.
+    """
+
+    changes: ClassVar[str | None] = "merges experts"
+    gone: ClassVar[str] = "merged"
+
+    router: Router = "slice"
+    floor: Annotated[int, Field(ge=0)] = 0
+
+    def routed_shape(self, shape: LayerShape) -> LayerShape:
+        """A router that stays whole sets no limits."""
+        return free_shape(shape, self.router)
+
+    def least(self, shape: LayerShape, multiple_of: int) -> int:
+        """What the router needs, and the user's floor; one expert to merge into."""
+        return least_kept(shape, self.floor, multiple_of)
+
+    def quota(self, shape: LayerShape, budget: Budget) -> int:
+        """How many experts are merged into others in every layer.
+
+        Raises:
+            BudgetError: fewer would remain than the router needs, or none.
+        """
+        return mergeable(budget, shape, self.floor)
+
+
+def mergeable(budget: Budget, shape: LayerShape, floor: int) -> int:
+    """How many experts of a layer can join others.
+
+    Raises:
+        BudgetError: fewer would remain than the router needs, or none.
+    """
+    if budget.keep == 0:
+        raise BudgetError("--keep 0: at least one expert must stay to merge into", "use --keep 1")
+    return removable(budget, shape, floor)

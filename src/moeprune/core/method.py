@@ -84,6 +84,8 @@ class Context:
         progress: called with (done, total, what) inside long computations.
         memo: what a method wants to find again when it plans the same model with another budget.
         store: keeps a layer's new matrices, by expert and role, where no edit can describe them.
+        pinned: by layer, experts that must stay; the user's own and protected ones.
+        forbidden: by layer, experts that must not stay.
     """
 
     budget: Budget
@@ -92,6 +94,16 @@ class Context:
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     memo: dict[Any, Any] = field(default_factory=dict)
     store: Callable[[int, Mapping[tuple[int, str], Tensor]], StoredWeights] = no_storage
+    pinned: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    forbidden: Mapping[int, frozenset[int]] = field(default_factory=dict)
+
+    def pinned_in(self, layer: int) -> frozenset[int]:
+        """Experts of a layer that must stay."""
+        return self.pinned.get(layer, frozenset())
+
+    def forbidden_in(self, layer: int) -> frozenset[int]:
+        """Experts of a layer that must not stay."""
+        return self.forbidden.get(layer, frozenset())
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,21 @@ from pydantic import Field
 from torch import Tensor
 
 from moeprune.core.accumulators import Hidden, Routing
-from moeprune.core.budget import removable
+from moeprune.core.alignment import rows_per_neuron
+from moeprune.core.dropping import Dropper
 from moeprune.core.edits import Neurons
-from moeprune.core.merging import choose_cores, protected, rows_per_neuron
-from moeprune.core.method import Context, LayerView, Method
+from moeprune.core.method import Context, LayerView
 from moeprune.core.ops.kmeans import spherical_kmeans
 from moeprune.core.ops.segments import Segments, equalised_factors, nearest_owner, unit_segments
 from moeprune.core.plan import LayerPlan
+from moeprune.core.ranking import Rating
 from moeprune.core.shapes import ROLES
 
 _BYTES = 1 << 28  # segments of dropped experts that are in memory together
 
 
 @dataclass(frozen=True)
-class DERN(Method):
+class DERN(Dropper):
     """Drops experts by router statistics and recombines their neurons with those that stay.
 
     A segment is one neuron of a dropped expert: its gate row, up row and down column, each scaled
@@ -43,13 +44,11 @@ class DERN(Method):
         iterations: of the k-means, at most.
         router: ``slice`` keeps the rows of kept experts; ``add`` adds to each the rows of dropped
             experts, times the fraction of their neurons that it was given.
-        floor: never keep fewer experts than this, nor fewer than top-k.
     """
 
     name: ClassVar[str] = "dern"
     summary: ClassVar[str] = "drop experts and merge their neurons into those that stay"
     source: ClassVar[str] = "arXiv 2509.10377"
-    budgets: ClassVar[tuple[str, ...]] = ("ratio", "keep")
     needs: ClassVar[tuple[str, ...]] = ("routing", "hidden")
     changes: ClassVar[str | None] = "merges experts"
 
@@ -58,35 +57,35 @@ class DERN(Method):
     threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0
     iterations: Annotated[int, Field(ge=1, le=1000)] = 10
     router: Literal["slice", "add"] = "slice"
-    floor: Annotated[int, Field(ge=0)] = 0
 
-    def plan_layer(self, view: LayerView, context: Context) -> LayerPlan:
-        """Decide about one layer."""
-        shape, routing = view.shape, view.need().part(Routing)
+    def rate(self, view: LayerView, context: Context) -> Rating:
+        """How much the router uses each expert."""
+        routing = view.need().part(Routing)
         counts: list[int] = routing.count_E.tolist()
-        mass: list[float] = routing.gate_E.tolist()
-        keep = shape.experts - removable(context.budget, shape, self.floor)
-        pinned, forbidden = protected(context, shape.layer)
-        ranked = mass if self.criterion == "gate-mass" else list(map(float, counts))
-        kept = choose_cores(ranked, counts, keep, shape, pinned, forbidden)
-        gone = [e for e in range(shape.experts) if e not in kept]
+        if self.criterion == "count":
+            return Rating("count", list(map(float, counts)), counts)
+        return Rating("gate_mass", routing.gate_E.tolist(), counts)
+
+    def build(self, view: LayerView, rating: Rating, chosen: list[int]) -> LayerPlan:
+        """The edit of a layer that takes ``chosen`` apart."""
+        shape = view.shape
+        kept = [e for e in range(shape.experts) if e not in chosen]
         weight_EI = self._weights(view)
-        owner_EI = self._owners(view, kept, gone, weight_EI)
-        neurons = None
-        if bool((owner_EI >= 0).any()):
-            neurons = self._neurons(view, kept, owner_EI, weight_EI)
-        given_E = torch.bincount(owner_EI[owner_EI >= 0], minlength=shape.experts)
+        owner_EI = self._owners(view, kept, chosen, weight_EI)
+        moved_EI = owner_EI >= 0
+        moved = bool(moved_EI.any())
+        given_E = torch.bincount(owner_EI[moved_EI], minlength=shape.experts)
         return LayerPlan(
             layer=shape.layer,
             experts=shape.experts,
             keep=tuple(kept),
             scores={
-                self.criterion.replace("-", "_"): tuple(ranked),
+                **rating.as_scores(),
                 "neurons_received": tuple(map(float, given_E.tolist())),
-                "neurons_handed_on": tuple(map(float, (owner_EI >= 0).sum(dim=1).tolist())),
+                "neurons_handed_on": tuple(map(float, moved_EI.sum(dim=1).tolist())),
             },
-            neurons=neurons,
-            router_CE=None if neurons is None else self._router(kept, owner_EI),
+            neurons=self._neurons(view, kept, owner_EI, weight_EI) if moved else None,
+            router_CE=self._router(kept, owner_EI) if moved else None,
         )
 
     def _weights(self, view: LayerView) -> Tensor:

@@ -11,21 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from moeprune.core.accumulators import Routing, TokenSample
-from moeprune.core.merging import (
-    Align,
-    Groups,
-    Router,
-    align_groups,
-    check_cores,
-    experts_kept,
-    free_shape,
-    merged_plan,
-    protected,
-)
+from moeprune.core.alignment import Align, align_groups
+from moeprune.core.merging import Groups, Router, free_shape, mergeable, merged_plan, untouched
 from moeprune.core.method import Context, LayerView, Method
 from moeprune.core.ops.linkage import Linkage, clusters
 from moeprune.core.plan import LayerPlan
 from moeprune.core.shapes import LayerShape
+from moeprune.errors import BudgetError
 
 
 @dataclass(frozen=True)
@@ -66,15 +58,17 @@ class HCSMoE(Method):
     def plan_layer(self, view: LayerView, context: Context) -> LayerPlan:
         """Decide about one layer."""
         shape = free_shape(view.shape, self.router)
-        keep = experts_kept(context.budget, view.shape, self.router, self.floor)
+        keep = shape.experts - mergeable(context.budget, shape, self.floor)
         count_E = view.need().part(Routing).count_E
-        mean_EH = self._mean_outputs(view, context)
-        pinned, forbidden = protected(context, shape.layer)
-        core_of = self._core_of(mean_EH, keep, shape, pinned, forbidden)
+        scores = {"tokens": tuple(map(float, count_E.tolist()))}
+        if keep == shape.experts:
+            return untouched(view.shape, scores)
+        pinned, forbidden = context.pinned_in(shape.layer), context.forbidden_in(shape.layer)
+        core_of = self._core_of(self._mean_outputs(view, context), keep, shape, pinned, forbidden)
         use_E = count_E if self.merge == "frequency" else torch.ones_like(count_E)
         groups = Groups.weighted(core_of, use_E)
         order = align_groups(groups, view, self.align)
-        return merged_plan(view.shape, groups, order, self.router, {"tokens": count_E.tolist()})
+        return merged_plan(view.shape, groups, order, self.router, scores)
 
     def _mean_outputs(self, view: LayerView, context: Context) -> Tensor:
         """Mean output of every expert over the sampled tokens, float64 [E, H]."""
@@ -109,7 +103,7 @@ class HCSMoE(Method):
             own = [e for e in range(shape.experts) if shape.group_of(e) == group]
             free = [e for e in own if e not in forbidden]
             fixed = [free.index(e) for e in free if e in pinned]
-            check_cores(len(free), len(fixed), keep // shape.groups, shape)
+            _check(len(free), len(fixed), keep // shape.groups, shape)
             near = distance_EE[free][:, free].numpy()
             found = clusters(near, keep // shape.groups, self.linkage, fixed)
             named = [[free[i] for i in cluster] for cluster in found]
@@ -138,3 +132,14 @@ def _central(cluster: list[int], mean_EH: Tensor, pinned: Collection[int]) -> in
             return e
     far = (mean_EH[cluster] - mean_EH[cluster].mean(dim=0)).norm(dim=1)
     return cluster[int(torch.nan_to_num(far, nan=torch.inf).numpy().argmin())]
+
+
+def _check(free: int, pinned: int, keep: int, shape: LayerShape) -> None:
+    if not pinned <= keep <= free:
+        what = f"{pinned} are pinned or protected" if keep < pinned else f"only {free} may"
+        raise BudgetError(
+            f"layer {shape.layer}: {keep} experts are to stay"
+            + (" in a routing group" if shape.groups > 1 else "")
+            + f", but {what}",
+            "change the budget, or pin and forbid fewer experts",
+        )

@@ -249,7 +249,7 @@ class Editor:
                 if expert is None:
                     part.zero_()
                 else:
-                    zero_masked(part, mask, tensor.role, expert)
+                    zero_masked(part, mask, tensor.role, expert, tensor.interleaved)
             return weight
 
         pads = sum(expert is None for expert in slots)

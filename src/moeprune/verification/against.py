@@ -11,6 +11,7 @@ from moeprune.core.ops.tables import redirect_table
 from moeprune.errors import MoepruneError, PlanError
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.counts import PAD_BIAS, Slots
+from moeprune.models.masking import single_matrices
 from moeprune.models.scan import FLOAT_DTYPES, digest
 from moeprune.models.writer import computed, copied, given, sliced, zeros
 from moeprune.verification.edits import Edit, Mask
@@ -183,7 +184,12 @@ def _masked_rows(
             return
         if disk.input_dim == -2:
             now, before = now.T, before.T
-        why = _mask_problem(now, before, mask)
+        pairs = zip(
+            single_matrices(now, disk.role, disk.interleaved),
+            single_matrices(before, disk.role, disk.interleaved),
+            strict=True,
+        )
+        why = next(filter(None, (_mask_problem(*pair, mask) for pair in pairs)), "")
         if why:
             yield why if expert is None else f"expert {expert}: {why}"
 
@@ -197,6 +203,8 @@ def _mask_problem(now_OI: Tensor, before_OI: Tensor, mask: Mask) -> str:
         expected, size = mask.pattern
         zero_OI = zero_OI.reshape(-1, size)
     elif mask.ratio is not None:
+        if mask.group == "matrix":
+            zero_OI = zero_OI.reshape(1, -1)
         size = zero_OI.shape[1]
         expected = prune_count(size, mask.ratio)
     else:
