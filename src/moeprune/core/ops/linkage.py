@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Linkage = Literal["average", "single", "complete"]
 
+_FAR = np.finfo(np.float64).max
+
 
 def clusters(
     distance_NN: ArrayLike,
@@ -47,9 +49,9 @@ def clusters(
     alone_N = np.isin(np.arange(size), list(apart))
     allowed_NN = np.triu(np.ones((size, size), dtype=bool), 1) & ~(alone_N[:, None] & alone_N)
     while len(members) > count:
-        # infinite distances may be united, forbidden ones may not: NaN is what argmin never takes
-        candidates_NN = np.where(allowed_NN, current_NN, np.nan)
-        a, b = np.unravel_index(int(np.nanargmin(candidates_NN)), current_NN.shape)
+        # clusters that are infinitely far may be united in the end, those that are apart never
+        candidates_NN = np.where(allowed_NN, np.minimum(current_NN, _FAR), np.inf)
+        a, b = np.unravel_index(int(np.argmin(candidates_NN)), current_NN.shape)
         first, second = int(a), int(b)
         united_N = _united(
             current_NN[first],

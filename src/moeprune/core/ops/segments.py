@@ -63,7 +63,7 @@ def nearest_owner(
     Returns:
         int64 [N]; -1 for nobody.
     """
-    best_N = torch.full((len(segments_NF),), -torch.inf)
+    best_N = segments_NF.new_full((len(segments_NF),), -torch.inf)
     owner_N = torch.full((len(segments_NF),), -1)
     for owner, rows_IF in owners:
         for start in range(0, len(segments_NF), _ROWS):
