@@ -242,8 +242,8 @@ class _Views:
             site.shape,
             statistics,
             experts,
-            lambda: self._loader.block(site),
-            lambda: read_router(self._model.checkpoint, self._layout, site.shape.layer),
+            block=lambda: self._loader.block(site),
+            router=lambda: read_router(self._model.checkpoint, self._layout, site.shape.layer),
         )
 
     def __iter__(self) -> Iterator[LayerView]:
