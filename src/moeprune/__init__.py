@@ -23,11 +23,13 @@ __version__ = "0.1.0"
 _HOME = {
     "Budget": "moeprune.core.budget",
     "Compute": "moeprune.pipeline.inputs",
+    "Constraints": "moeprune.core.constraints",
     "LayerPlan": "moeprune.core.plan",
     "MaskEdit": "moeprune.core.plan",
     "Method": "moeprune.core.method",
     "MoepruneError": "moeprune.errors",
     "Plan": "moeprune.core.plan",
+    "Target": "moeprune.core.targets",
     "Text": "moeprune.pipeline.inputs",
     "Writing": "moeprune.models.editing",
     "apply": "moeprune.pipeline.stages",
@@ -48,11 +50,13 @@ _HOME = {
 __all__ = [
     "Budget",
     "Compute",
+    "Constraints",
     "LayerPlan",
     "MaskEdit",
     "Method",
     "MoepruneError",
     "Plan",
+    "Target",
     "Text",
     "Writing",
     "__version__",
@@ -73,8 +77,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moeprune.core.budget import Budget
+    from moeprune.core.constraints import Constraints
     from moeprune.core.method import Method, register
     from moeprune.core.plan import LayerPlan, MaskEdit, Plan
+    from moeprune.core.targets import Target
     from moeprune.errors import MoepruneError
     from moeprune.models.editing import Writing
     from moeprune.models.runtime import load

@@ -47,6 +47,10 @@ class StoredWeights(ExpertWeights, Protocol):
         """The matrices that it holds, of every kept expert."""
         ...
 
+    def shape(self, expert: int, role: str) -> tuple[int, ...]:
+        """The size of one matrix."""
+        ...
+
 
 @dataclass(frozen=True)
 class MaskEdit:
@@ -153,6 +157,19 @@ class Neurons:
         if made is None:
             raise PlanError(f"the new expert {position} has no neurons")
         return made.T.contiguous() if role == "down" else made
+
+    def shares(self, position: int) -> dict[int, float]:
+        """How much of one new expert each old one is, by the down factors of its entries; sum 1.
+
+        It is the weight of what belongs to no neuron, such as a bias of the output.
+        """
+        own = self.index_N4[:, 0] == position
+        expert_N, factor_N = self.index_N4[own, 2].tolist(), self.factor_N3[own, 2].tolist()
+        total: dict[int, float] = {}
+        for expert, factor in zip(expert_N, factor_N, strict=True):
+            total[expert] = total.get(expert, 0.0) + abs(factor)
+        whole = sum(total.values())
+        return {expert: part / whole if whole else 0.0 for expert, part in sorted(total.items())}
 
     def check(self, kept: int, shape: LayerShape, where: str) -> None:
         """Raise ``PlanError`` unless it fits a layer of that shape with ``kept`` experts left."""

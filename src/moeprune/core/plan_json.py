@@ -79,9 +79,9 @@ def layer_from_json(
         PlanError: a field is missing or of the wrong kind; the message names it.
     """
     where = f"plan: layers.{index}"
-    keep, replaced = (_ids(entry, name, where) for name in ("keep", "replaced"))
+    keep, replaced = (ids(entry, name, where) for name in ("keep", "replaced"))
     novices = vectors.get(f"layers.{index}.novices")
-    listed = _ids(entry, "novice_rows", where) if "novice_rows" in entry else ()
+    listed = ids(entry, "novice_rows", where) if "novice_rows" in entry else ()
     if listed or novices is not None:
         if novices is None:
             raise _lost(where, "novices")
@@ -134,7 +134,7 @@ def _rebuilt_from_json(
 
     if "rebuilt" not in entry:
         return {}
-    if _ids(entry, "rebuilt", where) != _ids(entry, "keep", where):
+    if ids(entry, "rebuilt", where) != ids(entry, "keep", where):
         raise PlanError(
             f"{where}: its experts are rebuilt, so 'keep' cannot be edited by hand",
             "plan again with --pin or --forbid",
@@ -147,10 +147,10 @@ def _rebuilt_from_json(
             raise PlanError(f"{where}: the list of neurons does not hold integers")
         found["neurons"] = Neurons(width, index_N4.to(torch.int32), vector("neuron_factor"))
     if "served_by" in entry:
-        found["served_by"] = _ids(entry, "served_by", where)
+        found["served_by"] = ids(entry, "served_by", where)
     if "ranks" in entry:
         ranks = get(entry, "ranks", dict, where)
-        found["ranks"] = {role: _ids(ranks, role, f"{where}.ranks") for role in ranks}
+        found["ranks"] = {role: ids(ranks, role, f"{where}.ranks") for role in ranks}
     if "stored" in entry:
         if stored is None:
             raise _lost(where, "stored")
@@ -219,10 +219,11 @@ def get(data: dict[str, Any], name: str, kind: type, where: str) -> Any:
     return value
 
 
-def _ids(entry: dict[str, Any], name: str, where: str) -> tuple[int, ...]:
+def ids(entry: dict[str, Any], name: str, where: str) -> tuple[int, ...]:
+    """A list of ids of experts or layers."""
     values = get(entry, name, list, where)
     if not all(isinstance(e, int) and not isinstance(e, bool) for e in values):
-        raise PlanError(f"{where}: {name!r} is not a list of expert ids")
+        raise PlanError(f"{where}: {name!r} is not a list of ids")
     return tuple(values)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from moeprune.core.budget import least_kept
 from moeprune.core.plan import LayerPlan, Plan
@@ -15,6 +16,7 @@ from moeprune.models.counts import (
 )
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.width import new_width
 
 
 def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
@@ -29,6 +31,7 @@ def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
         )
     shapes = {index: site.shape for index, site in model.sites.items()}
     plan.check(shapes)
+    _check_depth(model, plan)
     check_novices(model, plan.layers)
     for index, shape in shapes.items():
         layer = plan.layers.get(index)
@@ -37,9 +40,33 @@ def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
                 f"plan, layer {index}: all experts are replaced by constants",
                 "keep the weights of at least one expert in every layer",
             )
-        if layer is not None and layer.dropped:
+        if layer is not None and layer.unroutes:
             _check_router(layer, shape)
+        if layer is not None and (layer.served_by is not None or layer.offsets_CH is not None):
+            raise UnsupportedModelError(
+                f"plan, layer {index}: experts that answer for others, and offsets, are not written"
+            )
+        if layer is not None and layer.stored is not None:
+            _check_stored(layer, shape)
+    new_width(model, plan.layers)
     refuse_uneven(model, kept_counts(shapes, plan), pad)
+
+
+def _check_depth(model: LayeredModel, plan: Plan) -> None:
+    dropped, layers = plan.drop_layers, len(model.layers)
+    if not dropped:
+        return
+    if list(dropped) != sorted(set(dropped)) or not 0 <= dropped[0] <= dropped[-1] < layers:
+        raise PlanError(f"plan: 'drop_layers' must be ascending ids of {layers} decoder layers")
+    if len(dropped) == layers:
+        raise PlanError("plan: 'drop_layers' leaves no layer", "keep at least one")
+    whole = {index: LayerPlan(index, p.experts, tuple(range(p.experts)), scores=p.scores)
+             for index, p in plan.layers.items()}
+    if any(replace(p, notes=()) != whole[index] for index, p in plan.layers.items()):
+        raise PlanError(
+            "a plan that drops layers cannot edit the experts of others",
+            "make it two steps: apply one, plan the other for the result",
+        )
 
 
 def check_novices(model: LayeredModel, layers: Mapping[int, LayerPlan]) -> None:
@@ -66,3 +93,20 @@ def _check_router(layer: LayerPlan, shape: LayerShape) -> None:
             f"{where}: {per_group} experts remain in the {shape.groups} routing groups",
             "keep the same number in every group",
         )
+
+
+def _check_stored(layer: LayerPlan, shape: LayerShape) -> None:
+    where = f"plan, layer {layer.layer}"
+    assert layer.stored is not None
+    width = layer.width(shape.intermediate)
+    for role in layer.stored.roles:
+        if role not in shape.roles:
+            raise PlanError(f"{where}: this model's experts have no {role!r} matrix")
+        wanted = (shape.hidden, width) if role == "down" else (width, shape.hidden)
+        for expert in layer.keep:
+            found = layer.stored.shape(expert, role)
+            if found != wanted:
+                raise PlanError(
+                    f"{where}: the {role!r} matrix that the plan brings for expert {expert} is "
+                    f"{list(found)}, not {list(wanted)}"
+                )

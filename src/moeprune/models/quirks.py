@@ -102,3 +102,6 @@ ONLY_WITH_OWN_CODE = {
     "deepseek_v3 (Moonlight-16B-A3B)",
 }
 """Model types that only the code in their checkpoints knows, with what to use instead."""
+
+DEPTH_REFUSED: dict[str, str] = {}
+"""Families whose layers cannot be left out, with the reason."""

@@ -17,6 +17,7 @@ from moeprune.files import json_bytes, new_directory, sha256_bytes
 from moeprune.models.attached import (
     check_equal_counts,
     find_attached,
+    refuse_narrow,
 )
 from moeprune.models.byte_exact import (
     refuse_changes,
@@ -24,13 +25,15 @@ from moeprune.models.byte_exact import (
 )
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_plan
+from moeprune.models.depth import Shallower
 from moeprune.models.editing import Editor, Sizes, Writing
 from moeprune.models.generated import (
     CODE_FILES,
 )
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.writer import write_shards
+from moeprune.models.width import new_width
+from moeprune.models.writer import Piece, write_shards
 
 PROVENANCE = "moeprune.json"
 PLAN_COPY = "moeprune_plan.json"
@@ -59,24 +62,8 @@ def apply_plan(
         UnsupportedModelError: experts of this family cannot be edited, or only with ``dequantize``.
         OutputError: ``out`` exists, or could not be written; nothing is left behind.
     """
-    model = LayeredModel(checkpoint)
-    layout = expert_layout(model)
-    check_plan(model, plan, writing.pad)
-    if writing.pad and model.quantisation.method and not writing.dequantize:
-        raise UnsupportedModelError(
-            f"{checkpoint.path} is quantised, and pads have no quantised form",
-            "leave out --pad, or add --dequantize",
-        )
-    if writing.dequantize:
-        refuse_dequantize(checkpoint, model.quantisation)
-    else:
-        refuse_changes(plan, layout, model.quantisation)
-    deletes = any(layer.dropped for layer in plan.layers.values())
-    attached = find_attached(model, layout, writing.mtp, deletes)
-    editor = Editor(model, plan, layout, attached, writing)
-    check_equal_counts(editor.counts, attached)
-    pieces = editor.pieces()
-    config = editor.config()
+    editor = _editor(LayeredModel(checkpoint), plan, writing)
+    pieces, config = _written(editor)
     others = checkpoint.other_files()
     with new_directory(out, force) as work:
         write_shards(work, pieces, progress=progress)
@@ -95,6 +82,47 @@ def apply_plan(
             json_bytes(_provenance(checkpoint, plan, plan_bytes, sizes, editor.dequantized))
         )
     return sizes
+
+
+def sizes_of(model: LayeredModel, plan: Plan, writing: Writing = Writing()) -> Sizes:
+    """The sizes of the checkpoint that ``apply_plan`` would write, without writing it.
+
+    Raises:
+        MoepruneError: as ``apply_plan``, if it could not be written.
+    """
+    editor = _editor(model, plan, writing)
+    return editor.sizes(_written(editor)[0])
+
+
+def _written(editor: Editor) -> tuple[list[Piece], dict[str, Any]]:
+    """The tensors and the configuration of the new checkpoint."""
+    pieces, config = editor.pieces(), editor.config()
+    if editor.plan.drop_layers:
+        shallower = Shallower(editor.model, editor.plan.drop_layers)
+        config, pieces = shallower.config(config), shallower.pieces(pieces)
+    return pieces, config
+
+
+def _editor(model: LayeredModel, plan: Plan, writing: Writing) -> Editor:
+    """The editor of a plan, after everything has been checked that can be."""
+    checkpoint = model.checkpoint
+    layout = expert_layout(model)
+    check_plan(model, plan, writing.pad)
+    if writing.pad and model.quantisation.method and not writing.dequantize:
+        raise UnsupportedModelError(
+            f"{checkpoint.path} is quantised, and pads have no quantised form",
+            "leave out --pad, or add --dequantize",
+        )
+    if writing.dequantize:
+        refuse_dequantize(checkpoint, model.quantisation)
+    else:
+        refuse_changes(plan, layout, model.quantisation)
+    deletes = any(layer.unroutes for layer in plan.layers.values())
+    attached = find_attached(model, layout, writing.mtp, deletes)
+    refuse_narrow(attached, new_width(model, plan.layers))
+    editor = Editor(model, plan, layout, attached, writing)
+    check_equal_counts(editor.counts, attached)
+    return editor
 
 
 def _provenance(
@@ -117,4 +145,5 @@ def _provenance(
         "tensor_bytes": list(sizes.bytes),
         "dequantized_from": dequantized,
         "attached": dict(sizes.attached),
+        **({"dropped_layers": list(plan.drop_layers)} if plan.drop_layers else {}),
     }

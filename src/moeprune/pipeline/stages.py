@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.core.budget import Budget
+from moeprune.core.constraints import Constraints
 from moeprune.core.method import Method, make_method
 from moeprune.core.plan import Plan
+from moeprune.core.targets import Target
 from moeprune.errors import OutputError
 from moeprune.evaluation.perplexity import evaluate as evaluate_models
 from moeprune.files import refuse_existing
@@ -23,6 +25,7 @@ from moeprune.models.editing import Sizes, Writing
 from moeprune.models.store import read_plan
 from moeprune.models.store import write_plan as save_plan
 from moeprune.models.surgery import apply_plan
+from moeprune.pipeline.asking import PROTECTION_NEEDS, accept
 from moeprune.pipeline.calibration import calibrate
 from moeprune.pipeline.inputs import (
     Compute,
@@ -39,7 +42,9 @@ from moeprune.pipeline.planning import plan
 
 __all__ = [
     "Compute",
+    "Constraints",
     "Pruned",
+    "Target",
     "Text",
     "Writing",
     "apply",
@@ -109,10 +114,10 @@ class Pruned:
     peak_memory_bytes: int | None
 
 
-def prune(
+def prune(  # noqa: PLR0913  (what calibrate, plan and apply take, together)
     source: Source,
     method: str | Method,
-    budget: Budget,
+    budget: Budget | Target,
     out: Source,
     text: Text = Text(),
     options: Mapping[str, Any] | None = None,
@@ -123,6 +128,7 @@ def prune(
     progress: Progress = silent,
     uniform: bool = False,
     writing: Writing = Writing(),
+    constraints: Constraints = Constraints(),
 ) -> Pruned:
     """calibrate + plan + apply. The plan is kept in the new checkpoint as well.
 
@@ -133,7 +139,7 @@ def prune(
     """
     refuse_existing(Path(out), force)
     chosen = method if isinstance(method, Method) else make_method(method, options)
-    chosen.accept(budget)
+    accept(chosen, budget, constraints)
     checkpoint = Checkpoint.open(source)
     _refuse_source(checkpoint, Path(out))
     refuse_method(checkpoint, chosen.changes, writing.dequantize)
@@ -142,10 +148,11 @@ def prune(
     work = Path(tempfile.mkdtemp(prefix="moeprune-"))
     try:
         start = time.perf_counter()
-        if chosen.needs and not chosen.sequential and statistics is None:
+        needs = {*chosen.needs, *([PROTECTION_NEEDS] if constraints.protect_super else [])}
+        if needs and not chosen.sequential and statistics is None:
             statistics = work / "statistics"
             seeded = replace(text, seed=seed)
-            calibrate(source, statistics, seeded, chosen.needs, compute, progress=progress)
+            calibrate(source, statistics, seeded, sorted(needs), compute, progress=progress)
             seconds["calibrate"] = time.perf_counter() - start
         start = time.perf_counter()
         made = plan(
@@ -159,6 +166,8 @@ def prune(
             seed,
             progress,
             uniform,
+            constraints,
+            writing,
         )
         seconds["plan"] = time.perf_counter() - start
         start = time.perf_counter()

@@ -11,7 +11,6 @@ from moeprune.core.ops.tables import redirect_table
 from moeprune.errors import MoepruneError, PlanError
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.counts import PAD_BIAS, Slots
-from moeprune.models.masking import single_matrices
 from moeprune.models.scan import FLOAT_DTYPES, digest
 from moeprune.models.writer import computed, copied, given, sliced, zeros
 from moeprune.verification.edits import Edit, Mask
@@ -185,8 +184,8 @@ def _masked_rows(
         if disk.input_dim == -2:
             now, before = now.T, before.T
         pairs = zip(
-            single_matrices(now, disk.role, disk.interleaved),
-            single_matrices(before, disk.role, disk.interleaved),
+            _single_matrices(now, disk.role, disk.interleaved),
+            _single_matrices(before, disk.role, disk.interleaved),
             strict=True,
         )
         why = next(filter(None, (_mask_problem(*pair, mask) for pair in pairs)), "")
@@ -235,6 +234,7 @@ def logits(subject: Subject) -> Found:
             reference.dtype,
             reference.device,
             lambda done, total: subject.progress("comparing logits", done, total),
+            () if reference.shallower is None else reference.shallower.dropped,
         )
     except (MoepruneError, RuntimeError, ValueError, IndexError) as error:
         problem = f"it cannot be run: {str(error).splitlines()[0][:160]}"
@@ -257,3 +257,13 @@ RULES = (
     Rule("against-masks", "with --against: masked weights are zero or the original's", masks),
     Rule("against-logits", "with --against: logits are those of the restricted original", logits),
 )
+
+
+def _single_matrices(weight_OI: Tensor, role: str, interleaved: bool) -> tuple[Tensor, ...]:
+    """Views of the gate and the up matrix in a ``gate_up``; any other matrix as it is."""
+    if role != "gate_up":
+        return (weight_OI,)
+    if interleaved:
+        return weight_OI[0::2], weight_OI[1::2]
+    gate_OI, up_OI = weight_OI.chunk(2)
+    return gate_OI, up_OI
