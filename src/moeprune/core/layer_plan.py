@@ -115,6 +115,8 @@ class LayerPlan:
                 raise PlanError(f"{where}: 'served_by' must name a kept expert for each old one")
             if self.replaced or self.router_CE is not None:
                 raise PlanError(f"{where}: experts that answer for others keep the router as it is")
+        if self.replaced and (self.router_CE is not None or self.offsets_CH is not None):
+            raise PlanError(f"{where}: router rows and outputs stay where experts are replaced")
         for role, ranks in self.ranks.items():
             if role not in shape.roles or len(ranks) != shape.experts or min(ranks) < 1:
                 raise PlanError(f"{where}: bad ranks of {role!r} matrices")
@@ -123,6 +125,11 @@ class LayerPlan:
     def unroutes(self) -> bool:
         """Whether the router loses rows: experts are deleted, and nobody answers for them."""
         return bool(self.dropped) and self.served_by is None
+
+    @property
+    def answers(self) -> bool:
+        """Whether experts answer for others, or have constants in their outputs."""
+        return self.served_by is not None or self.offsets_CH is not None
 
     @property
     def changed_roles(self) -> tuple[str, ...]:
