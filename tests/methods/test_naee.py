@@ -22,7 +22,7 @@ from families import experts_modules, save_tiny, token_ids
 from methods.conftest import calibration_ids, readable
 from moeprune.core.accumulators import TokenSample
 from moeprune.core.budget import Budget
-from moeprune.core.method import Context
+from moeprune.core.method import Context, make_method
 from moeprune.core.plan import Plan
 from moeprune.core.shapes import LayerShape
 from moeprune.core.skipping import Skipping
@@ -302,3 +302,36 @@ def dense_and_pruned(
     handle.remove()
     _, target_TH, x_TH, _ = caught
     return target_TH, x_TH
+
+
+def test_progressive_takes_inputs_behind_pruned_layers_and_targets_of_the_unpruned_model(
+    few: Callable[[str], Path], text: stages.Text
+) -> None:
+    directory = few("mixtral")
+    method = make_method("naee", {"mode": "progressive"})
+    plan = stages.plan(directory, method, Budget(ratio=0.5), None, text, compute=COMPUTE)
+    dense = stages.plan(directory, method, Budget(ratio=0.0), None, text, compute=COMPUTE)
+    assert all(layer.keep == (0, 1, 2, 3) for layer in dense.layers.values())
+    model = open_stock(directory)
+    ids_NL = calibration_ids(directory, text)
+    kept = {index: layer.keep for index, layer in plan.layers.items()}
+    for index in kept:
+        target_TH, x_TH = dense_and_pruned(model, ids_NL, kept, index)
+        found = []
+        for ids in combinations(range(4), 2):
+            with experts_masked(model, {index: ids}):
+                made_TH = output(model, index, x_TH)[0]
+            found.append((float((made_TH - target_TH).norm()), ids))
+        assert kept[index] == min(found)[1]
+        # the sample is 512 of the tokens
+        share = (512 / len(x_TH)) ** 0.5
+        error = float(plan.layers[index].notes[0].split()[4].rstrip(":"))
+        assert error == pytest.approx(share * min(found)[0], rel=0.1)
+
+
+def test_progressive_needs_text_and_no_statistics(tiny: Callable[[str], Path]) -> None:
+    method = NAEE(mode="progressive")
+    assert method.sequential and method.compares == ("sample",)
+    assert not NAEE().sequential and not NAEE().compares
+    with pytest.raises(MoepruneError, match="naee edits each layer"):
+        stages.plan(tiny("mixtral"), method, Budget(ratio=0.5), "anything", compute=COMPUTE)
