@@ -20,7 +20,7 @@ def magnitude(matrices: Mapping[str, Tensor]) -> Tensor:
     What a neuron adds to the output is bounded by it for inputs and activations of fixed size, and
     it stays the same if one of the factors is scaled and another by the inverse.
     """
-    score_I = matrices["down"].double().norm(dim=0)
+    score_I: Tensor = matrices["down"].double().norm(dim=0)
     for role in ("gate", "up"):
         if role in matrices:
             score_I = score_I * matrices[role].double().norm(dim=1)
@@ -29,13 +29,10 @@ def magnitude(matrices: Mapping[str, Tensor]) -> Tensor:
 
 def survivors(matrices: Mapping[str, Tensor]) -> Tensor:
     """Weights of each neuron that are not zero, over all matrices, float64 [I]."""
-    return sum(
-        (
-            (matrix != 0).double().sum(dim=0 if role == "down" else 1)
-            for role, matrix in matrices.items()
-        ),
-        start=torch.zeros(matrices["down"].shape[1], dtype=torch.float64),
-    )
+    count_I = torch.zeros(matrices["down"].shape[1], dtype=torch.float64)
+    for role, matrix in matrices.items():
+        count_I += (matrix != 0).sum(dim=0 if role == "down" else 1)
+    return count_I
 
 
 def column_energy(down_HI: Tensor) -> Tensor:
