@@ -9,6 +9,7 @@ import typer
 
 from moeprune import __version__
 from moeprune.cli import output
+from moeprune.cli.compare import compare
 from moeprune.cli.demo import demo
 from moeprune.cli.listings import inspect, methods, models
 from moeprune.cli.stages import apply, calibrate, evaluate, merge, plan, prune
@@ -35,6 +36,7 @@ for command in (
     apply,
     prune,
     evaluate,
+    compare,
     verify,
     models,
     methods,

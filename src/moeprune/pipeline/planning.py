@@ -46,12 +46,15 @@ def plan(
     seed: int = 0,
     progress: Progress = silent,
     uniform: bool = False,
+    memo: dict[Any, Any] | None = None,
 ) -> Plan:
     """Decide what happens to every expert.
 
     A method that scores on calibration text reads ``statistics``; one that edits a layer before
     the next is observed (``sequential``) walks the model over ``text`` instead. With ``uniform``
-    every layer keeps the same number, the mean of what the method would keep, rounded up.
+    every layer keeps the same number, the mean of what the method would keep, rounded up. Calls
+    that differ in budget and seed alone may share a ``memo``: what a method found for one budget
+    it need not find again.
 
     Raises:
         MoepruneError: anything the user can mend.
@@ -68,7 +71,11 @@ def plan(
     layout = expert_layout(model)
     warnings: list[str] = []
     context = Context(
-        budget, seed, warnings.append, lambda done, total, what: progress(what, done, total)
+        budget,
+        seed,
+        warnings.append,
+        lambda done, total, what: progress(what, done, total),
+        {} if memo is None else memo,
     )
     store = _statistics_of(checkpoint, model_name(source), statistics if chosen.needs else None)
     facts: Mapping[str, Any] = {} if store is None else store.summary
