@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Budget": "moeprune.core.budget",
     "Compute": "moeprune.pipeline.inputs",
+    "Grid": "moeprune.pipeline.arena.run",
     "LayerPlan": "moeprune.core.plan",
     "MaskEdit": "moeprune.core.plan",
     "Method": "moeprune.core.method",
@@ -32,6 +33,7 @@ _HOME = {
     "Writing": "moeprune.models.editing",
     "apply": "moeprune.pipeline.stages",
     "calibrate": "moeprune.pipeline.calibration",
+    "compare": "moeprune.pipeline.arena.run",
     "evaluate": "moeprune.pipeline.stages",
     "inspect": "moeprune.pipeline.inspection",
     "load": "moeprune.models.runtime",
@@ -40,6 +42,7 @@ _HOME = {
     "prune": "moeprune.pipeline.stages",
     "read_plan": "moeprune.models.store",
     "register": "moeprune.core.method",
+    "run": "moeprune.pipeline.recipes.run",
     "verify": "moeprune.pipeline.verification",
     "write_plan": "moeprune.models.store",
 }
@@ -47,6 +50,7 @@ _HOME = {
 __all__ = [
     "Budget",
     "Compute",
+    "Grid",
     "LayerPlan",
     "MaskEdit",
     "Method",
@@ -57,6 +61,7 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "compare",
     "evaluate",
     "inspect",
     "load",
@@ -65,6 +70,7 @@ __all__ = [
     "prune",
     "read_plan",
     "register",
+    "run",
     "verify",
     "write_plan",
 ]
@@ -77,10 +83,12 @@ if TYPE_CHECKING:
     from moeprune.models.editing import Writing
     from moeprune.models.runtime import load
     from moeprune.models.store import merge_statistics, read_plan, write_plan
+    from moeprune.pipeline.arena.run import Grid, compare
     from moeprune.pipeline.calibration import calibrate
     from moeprune.pipeline.inputs import Compute, Text
     from moeprune.pipeline.inspection import inspect
     from moeprune.pipeline.planning import plan
+    from moeprune.pipeline.recipes.run import run
     from moeprune.pipeline.stages import apply, evaluate, prune
     from moeprune.pipeline.verification import verify
 

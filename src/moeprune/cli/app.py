@@ -12,6 +12,7 @@ from moeprune.cli import output
 from moeprune.cli.compare import compare
 from moeprune.cli.demo import demo
 from moeprune.cli.listings import inspect, methods, models
+from moeprune.cli.run import run
 from moeprune.cli.stages import apply, calibrate, evaluate, merge, plan, prune
 from moeprune.cli.verify import verify
 from moeprune.errors import MoepruneError
@@ -37,6 +38,7 @@ for command in (
     prune,
     evaluate,
     compare,
+    run,
     verify,
     models,
     methods,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from moeprune.cli import output
-from moeprune.cli.options import AsJson, Data, Device, Force, Model, Trust, Workers, parse_compute
+from moeprune.cli.options import AsJson, Data, Device, Model, Trust, Workers, parse_compute
 from moeprune.errors import MoepruneError
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ def compare(
     if as_json:
         output.print_json(result)
         return
-    from moeprune.report.arena import refusals, table_rows
+    from moeprune.report.arena import SHORT, refusals, table_rows
 
-    output.print_rows("methods on one calibration, measured alike", table_rows(result))
+    output.print_rows("methods on one calibration, measured alike", table_rows(result, SHORT))
     for line in refusals(result):
         output.note(line)
     output.OUT.print(f"report: {out / 'compare.html'}   ({result['seconds']:.0f} s)")

@@ -16,6 +16,10 @@ COLUMNS = (
     "method", "removes", "asked", "experts", "layers", "on disk", "of original", "parameters",
     "non-zero", "perplexity", "×", "KL", "agree", "plan s", "write s", "measure s", "peak",
 )  # fmt: skip
+SHORT = (
+    "method", "removes", "asked", "experts", "on disk", "of original", "non-zero", "perplexity",
+    "KL", "agree", "plan s",
+)  # fmt: skip
 _MEASURED = ("perplexity", "perplexity_ratio", "loss", "kl", "agreement")
 
 Row = Mapping[str, Any]
@@ -41,7 +45,9 @@ def measured(result: Mapping[str, Any]) -> list[Row]:
 
 def _amount(row: Row) -> tuple[str, float]:
     name, value = next(iter(row["budget"].items()))
-    return name, float(value) if isinstance(value, (int, float)) else 0.0
+    order = ("ratio", "keep", "tau", "pattern")
+    place = order.index(name) if name in order else len(order)
+    return f"{place} {name}", float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def _known(value: float | None) -> float:
@@ -101,11 +107,12 @@ def _spread(row: Row, name: str, digits: int) -> str:
     )  # fmt: skip
 
 
-def table_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The original, then everything that was measured."""
+def table_rows(result: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
+    """The original, then everything that was measured; some columns of it."""
     texts = result["texts"]
-    found = [original_cells(result["original"])]
-    return found + [cells_of(row, texts) for row in measured(result)]
+    lines = [cells_of(row, texts) for row in measured(result)]
+    return [{name: line[name] for name in columns}
+            for line in (original_cells(result["original"]), *lines)]  # fmt: skip
 
 
 def original_cells(original: Row) -> dict[str, str]:
@@ -176,9 +183,7 @@ def render(result: Mapping[str, Any]) -> tuple[str, str]:
     if chart is not None:
         picture = environment.get_template("pareto.svg.j2").render(
             chart=chart,
-            description="; ".join(
-                pareto.tip(rows[i], names[i]) for i in pareto.front(rows)
-            ),
+            description="; ".join(pareto.tip(rows[i], names[i]) for i in pareto.front(rows)),
             colours=pareto.COLOURS,
             shapes=pareto.SHAPES,
             light=marks.LIGHT,
@@ -194,7 +199,7 @@ def render(result: Mapping[str, Any]) -> tuple[str, str]:
             for row, name in zip(rows, names, strict=True)
         ],
         original=original_cells(result["original"]),
-        picture=Markup(picture.partition("?>")[2] or picture),  # noqa: S704  (made above)
+        picture=Markup(picture.partition("?>")[2] or picture),  # made above
         refusals=refusals(result),
         matrices=list(matrices(result)),
         warnings=[(title(row), text) for row in rows for text in row.get("warnings", ())],

@@ -98,7 +98,9 @@ class Chart:
 
 def drawable(row: Mapping[str, Any]) -> bool:
     """Whether a row has the two numbers that place it."""
-    return wording.number(row.get("kl")) is not None and wording.number(row.get("bytes")) is not None
+    return (
+        wording.number(row.get("kl")) is not None and wording.number(row.get("bytes")) is not None
+    )
 
 
 def front(rows: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -202,7 +204,9 @@ def _power_ticks(axis: _Axis) -> tuple[Tick, ...]:
         for step in steps:
             value = math.log10(step) + power
             if axis.low <= value <= axis.high:
-                found.append(Tick(axis(value), f"{step * 10.0**power:.10f}".rstrip("0").rstrip(".")))
+                found.append(
+                    Tick(axis(value), f"{step * 10.0**power:.10f}".rstrip("0").rstrip("."))
+                )
     return tuple(found)
 
 
@@ -212,13 +216,14 @@ def _labels(
     """Names of the front where they cover neither a mark nor another name."""
     taken: list[Box] = [(x - 4.5, y - 4.5, x + 4.5, y + 4.5) for x, y in marks]
     frame = (LEFT + 2, TOP, WIDTH - 2, HEIGHT - BOTTOM)
-    lines = [0, *(sign * i for i in range(1, 13) for sign in (1, -1))]  # room is below the front
+    # below and left of a model of the front there is no other model, and no line
+    lines, anchors = [*range(13), *range(-1, -13, -1)], ("end", "start", "middle")
     found = []
     for name, x, y in named:
         text = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
         own = (x - 4.5, y - 4.5, x + 4.5, y + 4.5)
         boxes = [box for box in taken if box != own]
-        at_x, at_y, anchor, box = free_place(x, y, LETTER * len(text), boxes, frame, lines)
+        at_x, at_y, anchor, box = free_place(x, y, LETTER * len(text), boxes, frame, lines, anchors)
         taken.append(box)
         found.append(Label(at_x, at_y, text, anchor, abs(at_y - 4 - y) > LINE + 4, x, y))
     return tuple(found)

@@ -167,6 +167,7 @@ def free_place(
     taken: Sequence[Box],
     frame: Box = _FRAME,
     lines: Sequence[int] = (0, -1, 1, -2, 2, -3, 3, -4, 4),
+    anchors: Sequence[str] = ("start", "end", "middle"),
 ) -> tuple[float, float, str, Box]:
     """Text position, anchor and covered box of the first free place; the first place if none is.
 
@@ -176,11 +177,13 @@ def free_place(
         taken: boxes that must not be covered.
         frame: the text stays inside.
         lines: how many lines below the mark to try, in this order.
+        anchors: on which side of the mark to try, in this order.
     """
     places = []
     for line in lines:
         base = y + 4 + line * LINE
-        for anchor, at in (("start", x + 9), ("end", x - 9), ("middle", x)):
+        for anchor in anchors:
+            at = {"start": x + 9, "end": x - 9, "middle": x}[anchor]
             if anchor == "middle" and line == 0:
                 continue
             start = {"start": at, "end": at - width, "middle": at - width / 2}[anchor]
@@ -188,9 +191,7 @@ def free_place(
             places.append((at, base, anchor, box))
     for place in places:
         left, top, right, bottom = place[3]
-        inside = (
-            left >= frame[0] and top >= frame[1] and right <= frame[2] and bottom <= frame[3]
-        )
+        inside = left >= frame[0] and top >= frame[1] and right <= frame[2] and bottom <= frame[3]
         if inside and not any(
             left < b[2] and b[0] < right and top < b[3] and b[1] < bottom for b in taken
         ):

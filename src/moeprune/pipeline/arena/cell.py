@@ -113,7 +113,7 @@ def begun(cell: Cell) -> dict[str, Any]:
         "calibration": cell.calibration.name if method.needs else None,
         "sequential": method.sequential,
         "kind": None,
-        "removes": removes(None, method),
+        "removes": None,
         "status": "begun",
         "reason": None,
         "seconds": {},
@@ -128,11 +128,12 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
 
 def planned(cell: Cell, plan: Plan, file: Path, seconds: float) -> dict[str, Any]:
     """What the plan adds to a row."""
-    kind = kind_of(plan.to_json(None), cell.entry.method)
+    decided = plan.to_json(None)
+    kind = kind_of(decided, cell.entry.method)
     return {
         "status": PLANNED,
         "kind": kind,
-        "removes": removes(kind, cell.entry.method),
+        "removes": removes(kind, decided, cell.entry.method),
         "plan": f"{file.parent.name}/{file.name}",
         "plan_sha256": sha256_file(file),
         "decision": _decision(plan, file),

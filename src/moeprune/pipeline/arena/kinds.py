@@ -11,12 +11,12 @@ DROPPING, NOVICES, MERGING = "dropping", "novices", "merging"
 INSIDE, LAYERS, MIXED = "inside", "layers", "mixed"
 
 KINDS = {
-    DROPPING: "experts deleted",
-    NOVICES: "experts replaced by constants",
-    MERGING: "experts merged",
-    INSIDE: "weights or neurons inside experts",
-    LAYERS: "whole layers",
-    MIXED: "experts, and weights inside the others",
+    DROPPING: "experts",
+    NOVICES: "experts, by constants",
+    MERGING: "experts, by merging",
+    INSIDE: "weights",
+    LAYERS: "layers",
+    MIXED: "experts, weights",
 }
 """By kind, what a ratio counts."""
 
@@ -46,9 +46,11 @@ def kind_of(plan: Mapping[str, Any], method: Method) -> str:
     return INSIDE if inside or method.changes is not None else DROPPING
 
 
-def removes(kind: str | None, method: Method) -> str:
-    """What the method's ratio is a fraction of, for the table."""
+def removes(kind: str, plan: Mapping[str, Any], method: Method) -> str:
+    """What the method's ratio is a fraction of, for the table; it may say so as ``removes``."""
     declared = getattr(method, "removes", None)
     if isinstance(declared, str):
         return declared
-    return KINDS.get(kind or "", "experts" if method.changes is None else method.changes)
+    if kind == INSIDE and not any("mask" in entry for entry in plan["layers"].values()):
+        return "neurons"
+    return KINDS[kind]

@@ -33,7 +33,7 @@ from moeprune.pipeline.arena.state import (
     open_run,
     refuse_difference,
 )
-from moeprune.pipeline.inputs import Compute, Progress, Source, Text, model_name, silent
+from moeprune.pipeline.inputs import Compute, Progress, Source, Text, silent
 from moeprune.pipeline.inputs import read_heldout as heldout_text
 from moeprune.pipeline.inspection import inspect
 from moeprune.report.arena import render
@@ -207,9 +207,7 @@ class _Arena:
         )  # fmt: skip
         scoring.facts = run.facts.setdefault("calibrations", {})
         run.save()
-        maker = cells.Maker(
-            self.source, run, scoring, self.compute, self.writing, self.progress
-        )
+        maker = cells.Maker(self.source, run, scoring, self.compute, self.writing, self.progress)
         measuring = Measuring(self.source, self.windows, self.compute, self.progress)
         size = measuring.group_size(self.model, run.path)
         run.facts["group"] = size
@@ -280,9 +278,9 @@ class _Arena:
             self._original(original)
         for cell, row in group:
             if cell.key in wrong:
-                row |= {"status": cells.FAILED, "reason": wrong[cell.key]}
+                row.update(status=cells.FAILED, reason=wrong[cell.key])
             else:
-                row |= cells.measured(found[cell.key], original, layers[cell.key])
+                row.update(cells.measured(found[cell.key], original, layers[cell.key]))
             row["seconds"]["evaluate"] = round(spent / len(group), 3)
             self.clock.took("evaluate", spent / len(group))
             self.run.save(cell.key, row)

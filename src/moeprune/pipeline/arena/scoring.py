@@ -110,9 +110,7 @@ class Scoring:
 
     def _walk(self, path: Path, text: Text) -> None:
         shutil.rmtree(path, ignore_errors=True)
-        calibrate(
-            self._source, path, text, self._collect, self._compute, progress=self._progress
-        )
+        calibrate(self._source, path, text, self._collect, self._compute, progress=self._progress)
 
     def _missing(self, path: Path) -> bool:
         """Whether there is nothing, something damaged, or statistics that lack a sum."""
