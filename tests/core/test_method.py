@@ -106,7 +106,7 @@ def test_unknown_option() -> None:
 def test_what_describes_a_class_is_no_option(option: str) -> None:
     with pytest.raises(MoepruneError, match=f"mone has no option '{option}'") as caught:
         make_method("mone", {option: "x"})
-    assert caught.value.hint.endswith("known: routing, scope")
+    assert caught.value.hint.endswith("known: normalise, novice, routing, scope, score")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_describes_a_class_is_no_option(option: str) -> None:
         ("moeits", {"bins": "256"}, MoEITS(bins=256)),
         ("moeits", {"bins": "auto", "floor": "4"}, MoEITS(floor=4)),
         ("moeits", {"matrix_weights": "up-down"}, MoEITS(matrix_weights="up-down")),
-        ("mone", {"routing": "count", "scope": "global"}, MoNE("count", "global")),
+        ("mone", {"routing": "count", "scope": "global"}, MoNE(routing="count", scope="global")),
         ("mone", {}, MoNE()),
     ],
 )

@@ -95,7 +95,12 @@ def test_moments_of_outputs_against_numpy(offset: float) -> None:
         np.testing.assert_allclose(
             outputs.gated_EH[e], (g_n1**2 * f_nH).sum(axis=0), rtol=1e-5, atol=1e-4
         )
+        np.testing.assert_allclose(
+            outputs.gate_f_EH[e], (g_n1 * f_nH).sum(axis=0), rtol=1e-5, atol=1e-4
+        )
         for found, expected in (
+            (outputs.max_E, np.abs(f_nH).max()),
+            (outputs.gate_norm_sq_E, (g_n1[:, 0] * norm_n**2).sum()),
             (outputs.norm_E, norm_n.sum()),
             (outputs.norm_sq_E, (norm_n**2).sum()),
             (outputs.gate_norm_E, (g_n1[:, 0] * norm_n).sum()),
@@ -130,12 +135,14 @@ def test_the_other_sums_against_loops() -> None:
         "hidden-gram.gram_EII": torch.zeros(E, inner, inner),
         "router.sum_E": torch.zeros(E),
         "router.gram_EE": torch.zeros(E, E),
+        "router.prob_E": torch.zeros(E),
     }
     expected = {name: blank.double() for name, blank in expected.items()}
     for t in range(TOKENS):
         x, z = ROWS.x_TH[t].double(), ROWS.logits_TR[t].double()
         expected["router.sum_E"] += z
         expected["router.gram_EE"] += torch.outer(z, z)
+        expected["router.prob_E"] += z.exp() / z.exp().sum()
         chosen = ROWS.index_TK[t].tolist()
         expected["routing.top1_E"][chosen[int(ROWS.gate_TK[t].argmax())]] += 1
         for k, e in enumerate(chosen):
@@ -172,6 +179,29 @@ def test_slots_without_an_expert_count_for_nobody() -> None:
     assert routing.top1_E.tolist() == [0, 0, 0, 0, 0, 0]
     assert routing.gate_E.tolist() == [0.25, 0, 0.25, 0, 0, 0]
     assert routing.together_EE.sum() == 2
+
+
+def test_the_largest_activation_is_of_either_sign_and_merges_as_a_maximum() -> None:
+    rows = random_rows(SMALL, 40, seed=4)
+    e = int(rows.index_TK[30, 0])
+    rows.f_TEH[30, e, 2] = -1e6
+    parts = [collected(SMALL, rows.part(slice(a, a + 20)), needs=["outputs"]) for a in (0, 20)]
+    for one, two in (parts, parts[::-1]):
+        total = LayerStatistics.empty(SMALL, ["outputs"])
+        total.merge(one)
+        total.merge(two)
+        assert total.part(Outputs).max_E[e] == 1e6
+    assert float(parts[0].part(Outputs).max_E[e]) < 1e5
+
+
+def test_router_outputs_that_are_no_experts_share_the_probability() -> None:
+    statistics = LayerStatistics.empty(SMALL, ["router"])
+    rows = random_rows(SMALL, 3)
+    wide_TR = torch.cat((rows.logits_TR, torch.full((3, 2), 9.0)), dim=1)
+    statistics.add_block(BlockRows(rows.x_TH, rows.index_TK, rows.gate_TK, wide_TR, rows.key_T))
+    prob_E = statistics.to_tensors()["router.prob_E"]
+    torch.testing.assert_close(prob_E, wide_TR.double().softmax(dim=1).sum(dim=0)[:6])
+    assert float(prob_E.sum()) < 0.2
 
 
 def test_the_sample_is_the_tokens_with_the_smallest_keys() -> None:

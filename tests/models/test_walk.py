@@ -361,6 +361,9 @@ def sums_by_definition(
         "router.gram_EE": z_TE.T @ z_TE,
         "sample.key_S": key_T[smallest],
         "sample.x_SH": x_TH[smallest],
+        "sample.z_SR": z_TR[smallest],
+        "sample.index_SK": index_TK[smallest],
+        "sample.gate_SK": gate_TK[smallest],
     }
 
 
@@ -371,6 +374,7 @@ def test_statistics_are_the_sums_by_definition(model_type: str, tiny: Tiny) -> N
         batch(token_ids(4, 48, seed=1), 0),
         batch(token_ids(4, 32, seed=2), 1000, padding=(9, 0, 31, 2)),
         batch(token_ids(1, 9, seed=3), 2000),
+        batch(token_ids(5, 48, seed=4), 4000),
     ]
     found = walk(opened(tiny(model_type)), batches, 2, EVERYTHING)[1]
     model = stock(tiny(model_type))

@@ -195,20 +195,27 @@ class Hidden(Accumulator):
 class Outputs(Accumulator):
     """The experts' outputs f (before the gate), enough for every novice and every norm score.
 
-    mean_EH and m2_EH = sum (f - mean)^2 merge by Chan's formula; gated_EH = sum g^2 f gives the
-    least-squares constant; norm_E = sum |f|, norm_sq_E = sum |f|^2, gate_norm_E = sum g |f|,
+    mean_EH and m2_EH = sum (f - mean)^2 merge by Chan's formula; gate_f_EH = sum g f and
+    gated_EH = sum g^2 f give the gate-weighted and the least-squares constant; norm_E = sum |f|,
+    norm_sq_E = sum |f|^2, gate_norm_E = sum g |f|, gate_norm_sq_E = sum g |f|^2,
     gate_sq_norm_sq_E = sum g^2 |f|^2. With them sum g^2 |f - v|^2 is known for any constant v.
+
+    max_E, the largest |f_j| over tokens and dimensions j, merges by the maximum. Absolute, since
+    the sign of a hidden dimension means nothing: an outlier downwards is as large as one upwards.
     """
 
     name: ClassVar[str] = "outputs"
     count_E: Tensor
     mean_EH: Tensor
     m2_EH: Tensor
+    gate_f_EH: Tensor
     gated_EH: Tensor
     norm_E: Tensor
     norm_sq_E: Tensor
     gate_norm_E: Tensor
+    gate_norm_sq_E: Tensor
     gate_sq_norm_sq_E: Tensor
+    max_E: Tensor
 
     @classmethod
     def empty(cls, shape: LayerShape, device: torch.device) -> Outputs:
@@ -216,8 +223,8 @@ class Outputs(Accumulator):
         E, H = shape.experts, shape.hidden
         return cls(
             _zeros(E, device=device, dtype=torch.int64),
-            *(_zeros(E, H, device=device) for _ in range(3)),
-            *(_zeros(E, device=device) for _ in range(4)),
+            *(_zeros(E, H, device=device) for _ in range(4)),
+            *(_zeros(E, device=device) for _ in range(6)),
         )
 
     def add_expert(self, rows: ExpertRows) -> None:
@@ -229,20 +236,27 @@ class Outputs(Accumulator):
         self.norm_E[e] += norm_n.sum()
         self.norm_sq_E[e] += norm_n.square().sum()
         self.gate_norm_E[e] += (gate_n * norm_n).sum()
+        self.gate_norm_sq_E[e] += (gate_n * norm_n.square()).sum()
         self.gate_sq_norm_sq_E[e] += (gate_n * norm_n).square().sum()
-        sums_2H = _plain_and_squared_gate(rows.gate_n) @ f_nH
-        self.gated_EH[e] += sums_2H[1]
-        mean_H = sums_2H[0] / n
+        powers_3n = torch.stack((torch.ones_like(rows.gate_n), rows.gate_n, rows.gate_n.square()))
+        sums_3H = powers_3n @ f_nH
+        self.gate_f_EH[e] += sums_3H[1]
+        self.gated_EH[e] += sums_3H[2]
+        mean_H = sums_3H[0] / n
         m2_H = (f_nH - mean_H).square_().sum(dim=0)
+        largest = torch.linalg.vector_norm(f_nH, ord=torch.inf).double()
+        self.max_E[e] = torch.maximum(self.max_E[e], largest)
         one = slice(e, e + 1)
         self._chan(one, torch.tensor([n], device=f_nH.device), mean_H.double(), m2_H.double())
 
     def merge(self, other: Accumulator) -> None:
-        """Add the sums of ``other``; mean and deviations by Chan's formula."""
+        """Add the sums of ``other``; mean and deviations by Chan's formula, maxima as maxima."""
         assert isinstance(other, Outputs)
         self._chan(slice(None), other.count_E, other.mean_EH, other.m2_EH)
-        for name in ("gated_EH", "norm_E", "norm_sq_E", "gate_norm_E", "gate_sq_norm_sq_E"):
-            getattr(self, name).add_(getattr(other, name))
+        self.max_E = torch.maximum(self.max_E, other.max_E)
+        for name, tensor in self.tensors():
+            if name not in ("count_E", "mean_EH", "m2_EH", "max_E"):
+                tensor.add_(getattr(other, name))
 
     def _chan(self, at: slice, n_b: Tensor, mean_b: Tensor, m2_b: Tensor) -> None:
         n_a = self.count_E[at]
@@ -298,28 +312,33 @@ class HiddenGram(Accumulator):
 
 @dataclass
 class RouterGram(Accumulator):
-    """Sum z and sum z z^T of the router's first output, over its first E columns.
+    """Sum z and sum z z^T of the router's first output z, over its first E columns.
 
+    prob_E = sum softmax(z), over all the router's outputs, whether the expert was selected or not.
     Most routers return logits first; the few that return probabilities are what they are, and
-    a similarity computed from them is one of probabilities.
+    what is computed from them is of probabilities.
     """
 
     name: ClassVar[str] = "router"
     needs_router: ClassVar[bool] = True
     sum_E: Tensor
     gram_EE: Tensor
+    prob_E: Tensor
 
     @classmethod
     def empty(cls, shape: LayerShape, device: torch.device) -> RouterGram:
         """Sums over no tokens."""
         E = shape.experts
-        return cls(_zeros(E, device=device), _zeros(E, E, device=device))
+        return cls(_zeros(E, device=device), _zeros(E, E, device=device), _zeros(E, device=device))
 
     def add_block(self, rows: BlockRows) -> None:
         """Add one batch."""
         if rows.logits_TR is None:
             return
-        z_TE = rows.logits_TR[:, : self.sum_E.numel()].double()
+        E = self.sum_E.numel()
+        z_TR = rows.logits_TR.double()
+        self.prob_E += z_TR.softmax(dim=1).sum(dim=0)[:E]
+        z_TE = z_TR[:, :E]
         self.sum_E += z_TE.sum(dim=0)
         self.gram_EE += z_TE.T @ z_TE
 

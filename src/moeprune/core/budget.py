@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from moeprune.core.shapes import LayerShape
 from moeprune.errors import BudgetError
 
+_KINDS = ("ratio", "keep", "tau", "pattern", "total")
 _SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996 in binary; it means 29
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to remove; exactly one of the first four fields is set.
+    """How much to remove; exactly one of the fields but ``multiple_of`` is set.
 
     Attributes:
         ratio: fraction removed, of experts or of weights as the method defines; 0 <= ratio < 1.
@@ -24,6 +25,7 @@ class Budget:
         pattern: (n, m): n of every m consecutive weights are zeroed; 2:4 is (2, 4).
         multiple_of: the experts kept in a layer are a multiple of this, as tensor and expert
             parallel servers need; beside whichever of the others is set.
+        total: experts kept in all layers together, for methods whose layers compete.
     """
 
     ratio: float | None = None
@@ -31,9 +33,10 @@ class Budget:
     tau: float | None = None
     pattern: tuple[int, int] | None = None
     multiple_of: int = 1
+    total: int | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("ratio", "keep", "tau", "pattern") if self._has(name)]
+        given = [name for name in _KINDS if self._has(name)]
         if len(given) != 1:
             got = " and ".join(f"--{name}" for name in given) or "none"
             raise BudgetError(
@@ -60,7 +63,7 @@ class Budget:
     @property
     def kind(self) -> str:
         """The name of the field that is set."""
-        return next(name for name in ("ratio", "keep", "tau", "pattern") if self._has(name))
+        return next(name for name in _KINDS if self._has(name))
 
     def to_json(self) -> dict[str, float | int | str]:
         """As it stands in a plan."""
@@ -167,19 +170,66 @@ def removable(budget: Budget, shape: LayerShape, floor: int = 0) -> int:
     return remove
 
 
+def removal_range(
+    shape: LayerShape,
+    least: int,
+    multiple_of: int = 1,
+    pinned: Collection[int] = (),
+    forbidden: Collection[int] = (),
+) -> tuple[int, int]:
+    """The fewest and the most experts that can be removed from a layer.
+
+    ``least`` experts and all pinned ones stay, all forbidden ones go, the same number goes from
+    every routing group, and what is kept is a multiple of ``multiple_of`` (if E is none, of the
+    numbers below it).
+
+    Raises:
+        BudgetError: no number fits.
+    """
+    step = math.lcm(shape.groups, multiple_of)
+    pins, bans = _by_group(pinned, shape), _by_group(forbidden, shape)
+    few = shape.groups * max(bans)
+    many = min(shape.experts - least, shape.groups * (shape.experts // shape.groups - max(pins)))
+    rest = shape.experts % step  # E - n is a multiple of step for n = rest, rest + step, ...
+    low = rest + math.ceil(max(0, few - rest) / step) * step
+    high = rest + (many - rest) // step * step
+    if low > high:
+        raise BudgetError(
+            f"layer {shape.layer}: {len(pinned)} experts are pinned or protected and "
+            f"{len(forbidden)} forbidden; no number of experts from {least} on satisfies that",
+            "pin or forbid fewer experts",
+        )
+    return low, high
+
+
 def lowest(
-    scores: Sequence[float], counts: Sequence[int], remove: int, shape: LayerShape
+    scores: Sequence[float],
+    counts: Sequence[int],
+    remove: int,
+    shape: LayerShape,
+    pinned: Collection[int] = (),
+    forbidden: Collection[int] = (),
 ) -> list[int]:
     """The ``remove`` experts with the lowest scores, ascending by id.
 
     Ties break by the number of tokens, then by id: the expert that was used less, then the lower
     id, goes first. With routing groups the same number goes from every group. NaN ranks lowest.
+    All ``forbidden`` experts are among them, and no ``pinned`` one is.
+
+    Raises:
+        BudgetError: more experts are forbidden, or fewer are not pinned, than are to be removed.
     """
-    order = sorted(
-        range(shape.experts),
-        key=lambda e: (-math.inf if math.isnan(scores[e]) else scores[e], counts[e], e),
-    )
+    check_fixed(remove, shape, pinned, forbidden)
     quota = [remove // shape.groups] * shape.groups
+    order = sorted(
+        (e for e in range(shape.experts) if e not in pinned),
+        key=lambda e: (
+            e not in forbidden,
+            -math.inf if math.isnan(scores[e]) else scores[e],
+            counts[e],
+            e,
+        ),
+    )
     chosen = []
     for expert in order:
         group = shape.group_of(expert)
@@ -187,3 +237,32 @@ def lowest(
             quota[group] -= 1
             chosen.append(expert)
     return sorted(chosen)
+
+
+def _by_group(experts: Collection[int], shape: LayerShape) -> list[int]:
+    """How many of ``experts`` are in each routing group."""
+    found = [0] * shape.groups
+    for expert in experts:
+        found[shape.group_of(expert)] += 1
+    return found
+
+
+def check_fixed(
+    remove: int, shape: LayerShape, pinned: Collection[int], forbidden: Collection[int]
+) -> None:
+    """Raise ``BudgetError`` if ``remove`` experts cannot be all forbidden and no pinned ones."""
+    quota = remove // shape.groups
+    pins, bans = max(_by_group(pinned, shape)), max(_by_group(forbidden, shape))
+    size = shape.experts // shape.groups
+    where = f"layer {shape.layer}" + (", one routing group" if shape.groups > 1 else "")
+    asked = f"the budget removes {quota} of {size} experts"
+    if quota > size - pins:
+        raise BudgetError(
+            f"{where}: {asked}, but {pins} are pinned or protected",
+            f"pin fewer, or keep at least {shape.groups * pins}",
+        )
+    if bans > quota:
+        raise BudgetError(
+            f"{where}: {asked}, but {bans} are forbidden",
+            f"forbid fewer, or keep at most {shape.groups * (size - bans)}",
+        )

@@ -18,9 +18,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moeprune.core.ops.masks import nm_keep_mask, row_keep_mask
+from moeprune.core.ops.masks import matrix_keep_mask, nm_keep_mask, row_keep_mask
 from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import PlanError
+
+
+MASK_GROUPS = ("row", "matrix")
 
 
 class ExpertWeights(Protocol):
@@ -51,14 +54,15 @@ class StoredWeights(ExpertWeights, Protocol):
 
 @dataclass(frozen=True)
 class MaskEdit:
-    """Zero the weights with the lowest ``|W| * scale`` in every output row of every kept expert.
+    """Zero the weights with the lowest ``|W| * scale`` inside every kept expert.
 
     Attributes:
-        ratio: fraction of each row, or None if ``pattern`` is set.
+        ratio: fraction of each group, or None if ``pattern`` is set.
         pattern: (n, m), n of every m consecutive weights, or None if ``ratio`` is set.
         roles: the matrices that are masked.
         scale_in_EH: scale of the gate and up matrices' input columns; None is magnitude pruning.
         scale_mid_EI: scale of the down matrix's input columns; None is magnitude pruning.
+        group: weights compete within an output ``row`` or within the ``matrix``; for a ratio.
     """
 
     ratio: float | None
@@ -66,6 +70,7 @@ class MaskEdit:
     roles: tuple[str, ...] = ROLES
     scale_in_EH: Tensor | None = None
     scale_mid_EI: Tensor | None = None
+    group: str = "row"
 
     def scale(self, role: str, expert: int) -> Tensor | None:
         """The scale of one expert's matrix, [H] or [I]."""
@@ -78,12 +83,15 @@ class MaskEdit:
         if self.pattern is not None:
             return nm_keep_mask(weight_OI, scale, *self.pattern)
         assert self.ratio is not None
-        return row_keep_mask(weight_OI, scale, self.ratio)
+        select = matrix_keep_mask if self.group == "matrix" else row_keep_mask
+        return select(weight_OI, scale, self.ratio)
 
     def check(self, shape: LayerShape, where: str) -> None:
         """Raise ``PlanError`` unless it fits a layer of that shape."""
         if (self.ratio is None) == (self.pattern is None):
             raise PlanError(f"{where}: a mask has either a ratio or a pattern")
+        if self.group not in MASK_GROUPS or (self.pattern and self.group != "row"):
+            raise PlanError(f"{where}: weights cannot compete within {self.group!r} here")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise PlanError(f"{where}: mask ratio {self.ratio} is not in [0, 1)")
         if self.pattern is not None:

@@ -310,6 +310,8 @@ class Editor:
         """Sizes before and after."""
         before = sum(site.shape.experts for site in self.model.sites.values())
         gone = sum(len(p.dropped) + len(p.replaced) for p in self.plan.layers.values())
+        sites = self.model.sites
+        gone += sum(sites[i].shape.experts for i in self.plan.drop_layers if i in sites)
         numel = parameters(self.checkpoint)
         after = sum(parameters_of(piece.name, piece.dtype, piece.shape) for piece in pieces)
         return Sizes(
@@ -328,6 +330,7 @@ def described(plan: Plan) -> dict[str, Any]:
         "approximate_experts": {str(i): list(p.replaced) for i, p in layers if p.replaced},
         "experts_served_by": {str(i): list(p.served_by) for i, p in layers if p.served_by},
         "expert_offsets": [i for i, p in layers if p.offsets_CH is not None],
+        "expert_skipping": {str(i): p.skipping.to_json() for i, p in layers if p.skipping},
     }
     return {key: value for key, value in found.items() if value}
 

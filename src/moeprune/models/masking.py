@@ -25,6 +25,11 @@ def is_masked(mask: MaskEdit, role: str) -> bool:
 
 def zeros_of(mask: MaskEdit, shape: tuple[int, ...], tensor: DiskTensor) -> int:
     """How many weights of a tensor of that shape a mask zeroes."""
+    if mask.pattern is None and mask.group == "matrix":
+        assert mask.ratio is not None
+        experts = shape[0] // tensor.rows if tensor.expert is None else 1
+        matrices = experts * (2 if tensor.role == "gate_up" else 1)
+        return matrices * prune_count(math.prod(shape) // matrices, mask.ratio)
     width = shape[tensor.input_dim] if tensor.input_dim == -1 or tensor.rows == 1 else tensor.rows
     if mask.pattern is not None:
         per_row = width // mask.pattern[1] * mask.pattern[0]
