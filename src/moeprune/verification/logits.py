@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moeprune.errors import DataError, MoepruneError
 from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.depth import pass_through
 from moeprune.models.data import demo_text, load_tokenizer, token_keys, tokenise
+from moeprune.models.depth import pass_through
 from moeprune.models.native import text_config
 from moeprune.models.restrict import AlignedModel, RestrictedModel, Restriction
 from moeprune.models.walk import Batch, Walk
