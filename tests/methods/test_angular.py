@@ -208,7 +208,7 @@ def test_damaged_angles_are_refused(
     stages.calibrate(tiny("mixtral"), tmp_path / "s", text, ("residual",), COMPUTE)
     file = tmp_path / "s" / "residual.safetensors"
     file.write_bytes(file.read_bytes()[:-8] + b"\x00" * 8)
-    with pytest.raises(DataError, match="residual stream in .* are damaged"):
+    with pytest.raises(DataError, match=r"residual stream in .* are damaged"):
         StatisticsStore.open(tmp_path / "s")
     with pytest.raises(MoepruneError, match="angles of shape"):
         Residual.from_tensors(dict(made_of(FIVE).tensors()), 4)

@@ -53,8 +53,9 @@ def methods(as_json: AsJson = False) -> None:
         name = str(entry.pop("name"))
         output.print_facts(name, entry)
     output.OUT.print(
-        "Methods that zero weights keep all tensors dense: no mainstream server is smaller or faster "
-        "for zeros (2026). 'bytes' in tables is what is on disk, another column counts non-zeros.",
+        "Methods that zero weights keep all tensors dense: no mainstream server is smaller or "
+        "faster for zeros (2026). 'bytes' in tables is what is on disk, another column counts "
+        "non-zeros.",
         soft_wrap=True,
     )
 
