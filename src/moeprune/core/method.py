@@ -36,6 +36,11 @@ class Block(Protocol):
         """The output of one expert before the gate, float32 [S, H]."""
         ...
 
+    @property
+    def gated_inputs(self) -> bool:
+        """Whether the model multiplies the gate into the input and not into the output."""
+        ...
+
 
 def no_storage(layer: int, matrices: Mapping[tuple[int, str], Tensor]) -> StoredWeights:
     """Where there is nowhere to put matrices."""
@@ -54,6 +59,10 @@ class LayerView:
             is asked for.
         again: runs the layer over the text again and yields these accumulators, of as many experts
             at a time as fit into so many bytes; only while a walk stands at the layer.
+        router: reads the router's tensors that have one entry per output, float32 with that axis
+            first, by their names; rows beyond E are not experts'.
+        dense: the same layer's statistics in the unedited model, where ``statistics`` are of a
+            model whose layers before this one are edited already; None elsewhere.
     """
 
     shape: LayerShape
@@ -61,12 +70,25 @@ class LayerView:
     weights: ExpertWeights
     block: Callable[[], Block] | None = None
     again: Callable[[Sequence[str], int], Iterator[PartialStatistics]] | None = None
+    router: Callable[[], Mapping[str, Tensor]] | None = None
+    dense: LayerStatistics | None = None
 
     def observe_parts(self, needs: Sequence[str], limit: int) -> Iterator[PartialStatistics]:
         """Statistics that are too large to collect at once, some experts after the other."""
         if self.again is None:
             raise MoepruneError("this method observes layers again, and there is no walk")
         return self.again(needs, limit)
+
+    def router_rows(self) -> Tensor:
+        """The experts' rows of the router's matrix, float32 [E, width of its input]."""
+        found = {} if self.router is None else self.router()
+        matrices = [t for _, t in sorted(found.items()) if t.ndim == 2 and t.shape[1] > 1]
+        if len(matrices) != 1:
+            raise MoepruneError(
+                f"layer {self.shape.layer}: its router has {len(matrices)} matrices with one row "
+                "per expert, and this method needs one"
+            )
+        return matrices[0][: self.shape.experts]
 
     def need_block(self) -> Block:
         """The experts as functions, or a clear error."""
@@ -146,6 +168,11 @@ class Method(ABC):
     def observes(self) -> tuple[str, ...]:
         """Of ``needs``, what a sequential method wants collected before ``plan_layer``."""
         return self.needs
+
+    @property
+    def compares(self) -> tuple[str, ...]:
+        """Accumulators of the unedited model that a sequential method reads as well."""
+        return ()
 
     @abstractmethod
     def plan_layer(self, view: LayerView, context: Context) -> LayerPlan:

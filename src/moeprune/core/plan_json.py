@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moeprune.core.edits import MaskEdit, Neurons, StoredWeights
 from moeprune.core.layer_plan import LayerPlan
+from moeprune.core.skipping import Skipping
 from moeprune.errors import PlanError
 
 _PATTERN = re.compile(r"([0-9]{1,4}):([0-9]{1,4})")
@@ -38,6 +39,8 @@ def layer_to_json(layer: LayerPlan) -> dict[str, Any]:
             "scales": [name for name, table in _scales(mask).items() if table is not None],
         }
     entry |= _rebuilt_to_json(layer)
+    if layer.skipping is not None:
+        entry["skipping"] = layer.skipping.to_json()
     entry["scores"] = {
         name: [v if v is not None and math.isfinite(v) else None for v in values]
         for name, values in layer.scores.items()
@@ -109,6 +112,11 @@ def layer_from_json(
         novices_NH=novices if replaced else None,
         mask=mask,
         **_rebuilt_from_json(index, entry, vectors, stored),
+        skipping=(
+            Skipping.from_json(entry["skipping"], f"{where}.skipping")
+            if "skipping" in entry
+            else None
+        ),
         notes=texts(entry, "notes", where),
     )
 

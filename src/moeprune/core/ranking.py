@@ -74,7 +74,7 @@ class Ranking(Method):
     def build(self, view: LayerView, rating: Rating, chosen: list[int]) -> LayerPlan:
         """The edit of a layer that takes ``chosen`` (ascending) away."""
 
-    def router(self, shape: LayerShape) -> LayerShape:
+    def routed_shape(self, shape: LayerShape) -> LayerShape:
         """The shape as far as its router restricts the choice."""
         return shape
 
@@ -102,7 +102,7 @@ class Ranking(Method):
     def plan_layer(self, view: LayerView, context: Context) -> LayerPlan:
         """Decide about one layer from its own scores."""
         rating = self._rated(view, context)
-        shape = self.router(view.shape)
+        shape = self.routed_shape(view.shape)
         remove = self.quota(shape, context.budget)
         return self.build(view, rating, self._chosen(rating, remove, shape, context))
 
@@ -113,7 +113,7 @@ class Ranking(Method):
         ratings: dict[int, Rating] = {}
         layers, shapes = [], {}
         for view in views:
-            shape = self.router(view.shape)
+            shape = self.routed_shape(view.shape)
             rating = self._rated(view, context)
             ratings[shape.layer], shapes[shape.layer] = rating, shape
             layers.append(self._candidates(shape, rating, context))

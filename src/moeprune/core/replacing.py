@@ -57,7 +57,7 @@ class Replacer(Ranking):
             notes=notes,
         )
 
-    def router(self, shape: LayerShape) -> LayerShape:
+    def routed_shape(self, shape: LayerShape) -> LayerShape:
         """No groups: every expert keeps its place in the router."""
         return replace(shape, groups=1, top_groups=1)
 

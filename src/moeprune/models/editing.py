@@ -248,13 +248,21 @@ class Editor:
             config = with_description(config, lambda old: renumbered(old, kept))
         if self.attached.dropped and self.attached.heads:
             without_heads(config)
+        text = config.get("text_config")  # with towers, the language model's part
+        text = text if isinstance(text, dict) else config
         if self.novices:
-            text = config.get("text_config")  # with towers, the language model's part
-            (text if isinstance(text, dict) else config)["approximate_experts"] = {
+            text["approximate_experts"] = {
                 str(index): list(layer.replaced)
                 for index, layer in sorted(self.plan.layers.items())
                 if layer.replaced
             }
+        skipping = {
+            str(index): layer.skipping.to_json()
+            for index, layer in sorted(self.plan.layers.items())
+            if layer.skipping is not None
+        }
+        if skipping:
+            text["expert_skipping"] = skipping
         return set_code(config, self.code, model_class(self.checkpoint, self.model.config))
 
     @cached_property
