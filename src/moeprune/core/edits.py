@@ -22,7 +22,6 @@ from moeprune.core.ops.masks import matrix_keep_mask, nm_keep_mask, row_keep_mas
 from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import PlanError
 
-
 MASK_GROUPS = ("row", "matrix")
 
 
