@@ -21,7 +21,7 @@ from moeprune.core.plan import LayerPlan, MaskEdit, Plan
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import BudgetError
 from moeprune.methods.moe_pruner import MoEPruner
-from moeprune.models import masking
+from moeprune.models import memory_edits
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import DiskExperts, expert_layout
 from moeprune.models.loading import LayeredModel
@@ -78,9 +78,7 @@ def pruned_by(layer: LayerPlan, weights: Weights = WEIGHTS) -> dict[tuple[str, i
     found = {}
     for e in range(layer.experts):
         for role in ROLES:
-            matrix = weights.matrix(e, role).clone()
-            masking.zero_masked(matrix, layer.mask, role, e)
-            found[role, e] = matrix == 0
+            found[role, e] = layer.edited(weights).matrix(e, role) == 0
     return found
 
 
@@ -210,13 +208,13 @@ def in_memory(model: Path, text: stages.Text) -> tuple[Plan, dict[tuple[int, str
     """The sequential plan, and where each layer's weights were zero when the walk went on."""
     zeros: dict[tuple[int, str], Tensor] = {}
 
-    def spy(site: MoESite, layer: LayerPlan) -> None:
-        masking.mask_in_memory(site, layer)
+    def spy(loaded: LayeredModel, site: MoESite, layer: LayerPlan) -> None:
+        memory_edits.edit_in_memory(loaded, site, layer)
         for name in ("gate_up_proj", "down_proj"):
             zeros[layer.layer, name] = getattr(site.experts, name) == 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "mask_in_memory", spy)
+        patch.setattr(planning, "edit_in_memory", spy)
         return stages.plan(model, MoEPruner(), HALF, text=text, compute=COMPUTE), zeros
 
 

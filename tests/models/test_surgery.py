@@ -24,7 +24,7 @@ from moeprune.models.checkpoint import INDEX, Checkpoint
 from moeprune.models.checks import check_plan
 from moeprune.models.layout import DiskExperts, expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.masking import mask_in_memory
+from moeprune.models.memory_edits import edit_in_memory
 from moeprune.models.surgery import PLAN_COPY, PROVENANCE, apply_plan
 from support import (
     expert_count,
@@ -262,7 +262,7 @@ def test_mask_in_memory_is_the_mask_on_disk(model_type: str, tiny: Tiny, tmp_pat
     before = tree(source.checkpoint.path)
     for index, site in source.model.sites.items():
         source.model.load_layer(index)
-        mask_in_memory(site, plan.layers[index])
+        edit_in_memory(source.model, site, plan.layers[index])
         for name, parameter in site.experts.named_parameters():
             expected = on_disk[site.experts_name].get_parameter(name)
             assert torch.equal(parameter, expected), (index, name)

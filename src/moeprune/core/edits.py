@@ -18,9 +18,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moeprune.core.ops.masks import nm_keep_mask, row_keep_mask
+from moeprune.core.ops.masks import matrix_keep_mask, nm_keep_mask, row_keep_mask
 from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import PlanError
+
+
+MASK_GROUPS = ("row", "matrix")
 
 
 class ExpertWeights(Protocol):
@@ -44,17 +47,22 @@ class StoredWeights(ExpertWeights, Protocol):
         """The matrices that it holds, of every kept expert."""
         ...
 
+    def shape(self, expert: int, role: str) -> tuple[int, ...]:
+        """The size of one matrix."""
+        ...
+
 
 @dataclass(frozen=True)
 class MaskEdit:
-    """Zero the weights with the lowest ``|W| * scale`` in every output row of every kept expert.
+    """Zero the weights with the lowest ``|W| * scale`` inside every kept expert.
 
     Attributes:
-        ratio: fraction of each row, or None if ``pattern`` is set.
+        ratio: fraction of each group, or None if ``pattern`` is set.
         pattern: (n, m), n of every m consecutive weights, or None if ``ratio`` is set.
         roles: the matrices that are masked.
         scale_in_EH: scale of the gate and up matrices' input columns; None is magnitude pruning.
         scale_mid_EI: scale of the down matrix's input columns; None is magnitude pruning.
+        group: weights compete within an output ``row`` or within the ``matrix``; for a ratio.
     """
 
     ratio: float | None
@@ -62,6 +70,7 @@ class MaskEdit:
     roles: tuple[str, ...] = ROLES
     scale_in_EH: Tensor | None = None
     scale_mid_EI: Tensor | None = None
+    group: str = "row"
 
     def scale(self, role: str, expert: int) -> Tensor | None:
         """The scale of one expert's matrix, [H] or [I]."""
@@ -74,12 +83,15 @@ class MaskEdit:
         if self.pattern is not None:
             return nm_keep_mask(weight_OI, scale, *self.pattern)
         assert self.ratio is not None
-        return row_keep_mask(weight_OI, scale, self.ratio)
+        select = matrix_keep_mask if self.group == "matrix" else row_keep_mask
+        return select(weight_OI, scale, self.ratio)
 
     def check(self, shape: LayerShape, where: str) -> None:
         """Raise ``PlanError`` unless it fits a layer of that shape."""
         if (self.ratio is None) == (self.pattern is None):
             raise PlanError(f"{where}: a mask has either a ratio or a pattern")
+        if self.group not in MASK_GROUPS or (self.pattern and self.group != "row"):
+            raise PlanError(f"{where}: weights cannot compete within {self.group!r} here")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise PlanError(f"{where}: mask ratio {self.ratio} is not in [0, 1)")
         if self.pattern is not None:
@@ -145,6 +157,19 @@ class Neurons:
         if made is None:
             raise PlanError(f"the new expert {position} has no neurons")
         return made.T.contiguous() if role == "down" else made
+
+    def shares(self, position: int) -> dict[int, float]:
+        """How much of one new expert each old one is, by the down factors of its entries; sum 1.
+
+        It is the weight of what belongs to no neuron, such as a bias of the output.
+        """
+        own = self.index_N4[:, 0] == position
+        expert_N, factor_N = self.index_N4[own, 2].tolist(), self.factor_N3[own, 2].tolist()
+        total: dict[int, float] = {}
+        for expert, factor in zip(expert_N, factor_N, strict=True):
+            total[expert] = total.get(expert, 0.0) + abs(factor)
+        whole = sum(total.values())
+        return {expert: part / whole if whole else 0.0 for expert, part in sorted(total.items())}
 
     def check(self, kept: int, shape: LayerShape, where: str) -> None:
         """Raise ``PlanError`` unless it fits a layer of that shape with ``kept`` experts left."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from moeprune.core.edits import EditedExperts, ExpertWeights, MaskEdit, Neurons, StoredWeights
-from moeprune.core.shapes import LayerShape
+from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import PlanError
 
 
@@ -117,9 +117,27 @@ class LayerPlan:
                 raise PlanError(f"{where}: bad ranks of {role!r} matrices")
 
     @property
+    def unroutes(self) -> bool:
+        """Whether the router loses rows: experts are deleted, and nobody answers for them."""
+        return bool(self.dropped) and self.served_by is None
+
+    @property
+    def changed_roles(self) -> tuple[str, ...]:
+        """The matrices of kept experts whose values change."""
+        if self.neurons is not None:
+            return ROLES
+        mask = () if self.mask is None else self.mask.roles
+        stored = () if self.stored is None else self.stored.roles
+        return tuple(role for role in ROLES if role in {*mask, *stored, *self.ranks})
+
+    @property
     def rebuilds(self) -> bool:
         """Whether matrices of kept experts get other values than zeros."""
         return self.neurons is not None or bool(self.ranks) or self.stored is not None
+
+    def width(self, before: int) -> int:
+        """The neurons of every kept expert; ``before`` is what they have without the edit."""
+        return before if self.neurons is None else self.neurons.width
 
     def edited(self, old: ExpertWeights) -> EditedExperts:
         """The kept experts' new matrices."""

@@ -33,6 +33,7 @@ def layer_to_json(layer: LayerPlan) -> dict[str, Any]:
             "roles": list(mask.roles),
             **({"ratio": mask.ratio} if mask.ratio is not None else {}),
             **({"pattern": f"{mask.pattern[0]}:{mask.pattern[1]}"} if mask.pattern else {}),
+            **({"group": mask.group} if mask.group != "row" else {}),
             # without its scales a mask would silently become another method's
             "scales": [name for name, table in _scales(mask).items() if table is not None],
         }
@@ -193,6 +194,7 @@ def _mask_from_json(index: int, entry: dict[str, Any], vectors: Mapping[str, Ten
         roles=tuple(str(role) for role in get(entry, "roles", list, where)),
         scale_in_EH=scales.get("scale_in"),
         scale_mid_EI=scales.get("scale_mid"),
+        group=get({"group": "row"} | entry, "group", str, where),
     )
 
 

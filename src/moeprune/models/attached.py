@@ -255,6 +255,19 @@ def check_equal_counts(counts: Mapping[int, int], attached: Attached) -> None:
         )
 
 
+def refuse_narrow(attached: Attached, width: int | None) -> None:
+    """Raise ``PlanError`` if experts get another ``width`` and a head with experts would stay.
+
+    config.json knows one width, and no plan says which neurons of a head's experts go.
+    """
+    if width is not None and attached.heads and not attached.dropped:
+        raise PlanError(
+            f"the plan narrows experts to {width} neurons, and those of the attached head "
+            f"{next(iter(attached.heads))}* cannot follow",
+            _HINT,
+        )
+
+
 def without_heads(config: dict[str, Any]) -> None:
     """Let a raw config.json say, in place, that there are no attached heads."""
     parts = [part for part in (config, *config.values()) if isinstance(part, dict)]

@@ -30,9 +30,13 @@ def refuse_changes(plan: Plan, layout: Mapping[str, DiskTensor], how: Quantisati
             continue
         if layer.replaced:
             raise _needs_other_values("replaces experts by constants", part)
-        if layer.mask is not None and set(tensor.role.split("_")) & set(layer.mask.roles):
-            raise _needs_other_values("zeroes weights", part)
-        if layer.dropped and tensor.role == "router" and len(part.shape) == 2:
+        if set(tensor.role.split("_")) & set(layer.changed_roles):
+            raise _needs_other_values(
+                "rebuilds experts" if layer.rebuilds else "zeroes weights", part
+            )
+        if layer.router_CE is not None and tensor.role == "router":
+            raise _needs_other_values("mixes router rows", part)
+        if layer.unroutes and tensor.role == "router" and len(part.shape) == 2:
             assert part.block is not None
             if part.block[0] < part.shape[0]:
                 raise UnsupportedModelError(
@@ -81,7 +85,7 @@ def kept_by_module(
         if tensor.role != "router":
             fused = tensor.key.rpartition(".")[0] + "."
             names.add((fused if tensor.expert is None else tensor.experts_prefix, tensor.layer))
-    losing = {index: layer.keep for index, layer in plan.layers.items() if layer.dropped}
+    losing = {index: layer.keep for index, layer in plan.layers.items() if layer.unroutes}
     return {name: losing[index] for name, index in names if index in losing}
 
 

@@ -15,6 +15,7 @@ from moeprune.models.counts import (
 )
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.width import new_width
 
 
 def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
@@ -37,8 +38,15 @@ def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
                 f"plan, layer {index}: all experts are replaced by constants",
                 "keep the weights of at least one expert in every layer",
             )
-        if layer is not None and layer.dropped:
+        if layer is not None and layer.unroutes:
             _check_router(layer, shape)
+        if layer is not None and (layer.served_by is not None or layer.offsets_CH is not None):
+            raise UnsupportedModelError(
+                f"plan, layer {index}: experts that answer for others, and offsets, are not written"
+            )
+        if layer is not None and layer.stored is not None:
+            _check_stored(layer, shape)
+    new_width(model, plan.layers)
     refuse_uneven(model, kept_counts(shapes, plan), pad)
 
 
@@ -66,3 +74,20 @@ def _check_router(layer: LayerPlan, shape: LayerShape) -> None:
             f"{where}: {per_group} experts remain in the {shape.groups} routing groups",
             "keep the same number in every group",
         )
+
+
+def _check_stored(layer: LayerPlan, shape: LayerShape) -> None:
+    where = f"plan, layer {layer.layer}"
+    assert layer.stored is not None
+    width = layer.width(shape.intermediate)
+    for role in layer.stored.roles:
+        if role not in shape.roles:
+            raise PlanError(f"{where}: this model's experts have no {role!r} matrix")
+        wanted = (shape.hidden, width) if role == "down" else (width, shape.hidden)
+        for expert in layer.keep:
+            found = layer.stored.shape(expert, role)
+            if found != wanted:
+                raise PlanError(
+                    f"{where}: the {role!r} matrix that the plan brings for expert {expert} is "
+                    f"{list(found)}, not {list(wanted)}"
+                )

@@ -29,7 +29,12 @@ PAD_BIAS = -1e9
 def kept_counts(shapes: Mapping[int, LayerShape], plan: Plan) -> dict[int, int]:
     """Experts that each layer's router selects among after ``plan``."""
     return {
-        index: shape.experts - (len(plan.layers[index].dropped) if index in plan.layers else 0)
+        index: shape.experts
+        - (
+            len(plan.layers[index].dropped)
+            if index in plan.layers and plan.layers[index].unroutes
+            else 0
+        )
         for index, shape in shapes.items()
     }
 
@@ -61,7 +66,7 @@ def kernel_warnings(model: LayeredModel, layers: Mapping[int, LayerPlan]) -> lis
     """Sentences for the user where a server's kernels know certain numbers of experts only."""
     kind = text_config(model.config).model_type
     known = quirks.KERNEL_COUNTS.get(kind, frozenset())
-    counts = {layer.experts - len(layer.dropped) for layer in layers.values() if layer.dropped}
+    counts = {layer.experts - len(layer.dropped) for layer in layers.values() if layer.unroutes}
     odd = sorted(counts - known)
     if not known or not odd:
         return []

@@ -39,22 +39,18 @@ from moeprune.models.generated import (
 )
 from moeprune.models.layout import DiskTensor
 from moeprune.models.loading import LayeredModel
-from moeprune.models.masking import is_masked, zero_masked, zeros_of
 from moeprune.models.native import model_class, native_class, remote_class
 from moeprune.models.quantised import (
     bf16_piece,
     parameters,
     parameters_of,
-    read,
     with_description,
     without_description,
 )
+from moeprune.models.rebuilding import Rebuilder
 from moeprune.models.sites import resize_facts
-from moeprune.models.writer import Piece, computed, copied, given, sliced, zeros
-
-_TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
+from moeprune.models.width import set_width
+from moeprune.models.writer import TORCH_DTYPES, Piece, computed, copied, given, sliced, zeros
 
 
 @dataclass(frozen=True)
@@ -124,9 +120,10 @@ class Editor:
         self._slots = {
             index: padded_slots(layer.keep, shapes[index], self.counts[index])
             for index, layer in plan.layers.items()
-            if not layer.replaced  # novices leave every expert its id
+            # with novices, and with experts that answer for others, everybody's id stays
+            if not layer.replaced and layer.served_by is None
         }
-        self._zeroed = 0
+        self.rebuilder = Rebuilder(model, layout)
 
     def pieces(self) -> list[Piece]:
         """All tensors of the new checkpoint, in the order of the old one."""
@@ -156,7 +153,7 @@ class Editor:
         layer = None if tensor is None else self.plan.layers.get(tensor.layer)
         if tensor is None or layer is None:
             return [self._copied(key)]
-        return self._edited(key, tensor, replace(layer, mask=None))  # a head was not observed
+        return self._edited(key, tensor, only_deleting(layer))  # a head was not observed
 
     def _edited(self, key: str, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
         info = self.checkpoint.tensors[key]
@@ -167,13 +164,15 @@ class Editor:
             # rows beyond E are not experts' (shared, zero or skip classes): they stay
             extra = range(layer.experts, info.shape[tensor.dim])
             fill = 0.0 if info.numel != info.shape[tensor.dim] else PAD_BIAS
-            return [self._sliced(tensor, [*slots, *extra], fill)]
+            piece = self._sliced(tensor, [*slots, *extra], fill)
+            mixed = layer.router_CE is not None
+            return [self.rebuilder.router(piece, tensor, layer, slots) if mixed else piece]
         if tensor.role == "table":
-            return [self._table(key, layer) if layer.dropped else copied(key, info)]
+            return [self._table(key, layer) if layer.unroutes else copied(key, info)]
         if tensor.expert is not None:
             return self._numbered(tensor, layer)
         slots = layer.keep if slots is None else slots
-        return [self._masked(self._sliced(tensor, slots), tensor, layer, slots)]
+        return [self._values(self._sliced(tensor, slots), tensor, layer, slots)]
 
     def _numbered(self, tensor: DiskTensor, layer: LayerPlan) -> list[Piece]:
         """A tensor of one expert under its new number, and after the first kept one the pads."""
@@ -185,7 +184,7 @@ class Editor:
         beyond = tensor.expert - layer.experts
         number = len(slots) + beyond if beyond >= 0 else slots.index(tensor.expert)
         piece = self._copied(tensor.key, tensor.renamed(number))
-        found = [self._masked(piece, tensor, layer, (tensor.expert,))]
+        found = [self._values(piece, tensor, layer, (tensor.expert,))]
         if tensor.expert == layer.keep[0]:
             pads = [number for number, expert in enumerate(slots) if expert is None]
             found += [zeros(self._copied(tensor.key, tensor.renamed(number))) for number in pads]
@@ -218,7 +217,7 @@ class Editor:
 
     def _novices(self, layer: LayerPlan, tensor: DiskTensor) -> list[Piece]:
         assert layer.novices_NH is not None
-        dtype = _TORCH_DTYPES.get(self.checkpoint.tensors[tensor.key].dtype, torch.bfloat16)
+        dtype = TORCH_DTYPES.get(self.checkpoint.tensors[tensor.key].dtype, torch.bfloat16)
         values = layer.novices_NH.to(dtype)
         if tensor.expert is None:
             name = self.model.sites[layer.layer].experts_name + ".novice_value"
@@ -228,38 +227,11 @@ class Editor:
             for row, expert in enumerate(layer.replaced)
         ]
 
-    def _masked(self, piece: Piece, tensor: DiskTensor, layer: LayerPlan, slots: Slots) -> Piece:
-        mask = layer.mask
-        if mask is None or not is_masked(mask, tensor.role):
+    def _values(self, piece: Piece, tensor: DiskTensor, layer: LayerPlan, slots: Slots) -> Piece:
+        """``piece`` with the values that the plan gives it."""
+        if not self.rebuilder.changes(tensor, layer):
             return piece
-        if piece.dtype not in _TORCH_DTYPES:
-            raise UnsupportedModelError(
-                f"{tensor.key} is stored as {piece.dtype}; "
-                "weights can be masked in floating point only"
-            )
-
-        def make() -> Tensor:
-            weight = self._values(tensor)
-            if tensor.rows > 1:
-                weight = weight.view(-1, tensor.rows, weight.shape[-1])
-            if tensor.expert is None:
-                weight = weight[[slot or 0 for slot in slots]]
-            rows = weight if tensor.input_dim == -1 else weight.transpose(-1, -2)
-            for part, expert in zip(rows if tensor.expert is None else [rows], slots, strict=True):
-                if expert is None:
-                    part.zero_()
-                else:
-                    zero_masked(part, mask, tensor.role, expert)
-            return weight
-
-        pads = sum(expert is None for expert in slots)
-        self._zeroed += zeros_of(mask, piece.shape, tensor) * (len(slots) - pads) // len(slots)
-        return computed(piece, make)
-
-    def _values(self, tensor: DiskTensor) -> Tensor:
-        if tensor.quantised is None:
-            return self.checkpoint.read(tensor.key)
-        return read(self.checkpoint, tensor.quantised, dtype=torch.bfloat16)
+        return self.rebuilder.piece(piece, tensor, layer, slots)
 
     def config(self) -> dict[str, Any]:
         """The new config.json.
@@ -268,9 +240,10 @@ class Editor:
             UnsupportedModelError: the number of experts is not where it should be.
         """
         config = set_counts(self.model, self.counts)
+        config = set_width(self.model, config, self.plan)
         if self.dequantized:
             config = without_description(config)
-        elif self.quantisation.method and any(p.dropped for p in self.plan.layers.values()):
+        elif self.quantisation.method and any(p.unroutes for p in self.plan.layers.values()):
             kept = kept_by_module(self.model.sites, self.layout, self.plan)
             config = with_description(config, lambda old: renumbered(old, kept))
         if self.attached.dropped and self.attached.heads:
@@ -315,10 +288,15 @@ class Editor:
         return Sizes(
             experts=(before, before - gone),
             parameters=(numel, after),
-            nonzero=(numel, after - self._zeroed),
+            nonzero=(numel, after - sum(self.rebuilder.zeroed.values())),
             bytes=(self.checkpoint.nbytes, sum(piece.nbytes for piece in pieces)),
             attached=self.attached.counts(),
         )
+
+
+def only_deleting(layer: LayerPlan) -> LayerPlan:
+    """What becomes of a block that has no edit of its own, but as many experts as the layer."""
+    return replace(layer, mask=None, neurons=None, router_CE=None, ranks={}, stored=None)
 
 
 def _whole(shapes: Mapping[int, LayerShape]) -> dict[int, LayerPlan]:

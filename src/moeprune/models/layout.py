@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -263,12 +264,20 @@ def _check_shape(tensor: DiskTensor, info: TensorInfo, site: MoESite) -> None:
 
 
 class DiskExperts:
-    """One layer's expert matrices, read from disk when asked for."""
+    """One layer's expert matrices, read from disk when asked for.
+
+    With ``written`` they are what an edit starts from: quantised weights are those that a
+    dequantised checkpoint would hold, in bf16, and float64 stays float64.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: dict[str, DiskTensor], site: MoESite
+        self,
+        checkpoint: Checkpoint,
+        layout: Mapping[str, DiskTensor],
+        site: MoESite,
+        written: bool = False,
     ) -> None:
-        self._checkpoint = checkpoint
+        self._checkpoint, self._written = checkpoint, written
         self._tensors = {
             (tensor.role, tensor.expert): tensor
             for tensor in layout.values()
@@ -291,14 +300,15 @@ class DiskExperts:
 
     def _read(self, tensor: DiskTensor, row: int | None = None) -> Tensor:
         if tensor.quantised is not None:
-            return read(self._checkpoint, tensor.quantised, row)
+            dtype = torch.bfloat16 if self._written else torch.float32
+            return read(self._checkpoint, tensor.quantised, row, dtype)
         if row is None:
             return self._checkpoint.read(tensor.key)
         if tensor.rows > 1:
             return self._checkpoint.read_rows(tensor.key, row * tensor.rows, tensor.rows)
         return self._checkpoint.read_row(tensor.key, row)
 
-    @staticmethod
-    def _oriented(tensor: Tensor, disk: DiskTensor) -> Tensor:
+    def _oriented(self, tensor: Tensor, disk: DiskTensor) -> Tensor:
         tensor = tensor.T if disk.input_dim == -2 else tensor
-        return tensor.to(torch.float32).contiguous()
+        exact = self._written and tensor.dtype == torch.float64
+        return tensor.to(tensor.dtype if exact else torch.float32).contiguous()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,6 +134,11 @@ class LayeredModel:
         self._mapping = get_model_conversion_mapping(self.model, None, None)
         self._names = self._in_memory_names()
         self._resident = False
+        self._restore: dict[int, Callable[[], None]] = {}
+
+    def when_freed(self, index: int, restore: Callable[[], None]) -> None:
+        """Call ``restore`` before a layer is freed: whoever changes its sizes changes them back."""
+        self._restore[index] = restore
 
     def _in_memory_names(self) -> dict[str, tuple[str | None, str | None]]:
         """Disk name -> (parameter name or None if the model does not use it, matched pattern)."""
@@ -208,7 +214,10 @@ class LayeredModel:
                 p.data.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
     def free_layer(self, index: int) -> None:
-        """Put one decoder layer back on meta."""
+        """Put one decoder layer back on meta, as it was before anybody edited it."""
+        restore = self._restore.pop(index, None)
+        if restore is not None:
+            restore()
         for module in self.layers[index].modules():
             for name, p in module._parameters.items():
                 if p is not None:

@@ -1,18 +1,13 @@
-"""Zeroes the weights that a mask does not keep: in a file that is written, or in a loaded layer."""
+"""What a mask means for matrices as they are stored: gate and up may be one."""
 
 from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
-from moeprune.core.ops.masks import nm_keep_mask, prune_count, row_keep_mask
-from moeprune.core.plan import LayerPlan, MaskEdit
+from moeprune.core.ops.masks import prune_count
+from moeprune.core.plan import MaskEdit
 from moeprune.errors import PlanError
 from moeprune.models.layout import DiskTensor
-from moeprune.models.sites import MoESite
-from moeprune.models.special import matrix_role, stacked
 
 
 def is_masked(mask: MaskEdit, role: str) -> bool:
@@ -28,19 +23,13 @@ def is_masked(mask: MaskEdit, role: str) -> bool:
     return role in mask.roles
 
 
-def zero_masked(weight_OI: Tensor, mask: MaskEdit, role: str, expert: int) -> None:
-    """Zero, in place, the weights of one expert's matrix that ``mask`` does not keep."""
-    scale = mask.scale("down" if role == "down" else "gate", expert)
-    if mask.pattern is not None:
-        keep_OI = nm_keep_mask(weight_OI, scale, *mask.pattern)
-    else:
-        assert mask.ratio is not None
-        keep_OI = row_keep_mask(weight_OI, scale, mask.ratio)
-    weight_OI.masked_fill_(~keep_OI, 0.0)
-
-
 def zeros_of(mask: MaskEdit, shape: tuple[int, ...], tensor: DiskTensor) -> int:
     """How many weights of a tensor of that shape a mask zeroes."""
+    if mask.pattern is None and mask.group == "matrix":
+        assert mask.ratio is not None
+        experts = shape[0] // tensor.rows if tensor.expert is None else 1
+        matrices = experts * (2 if tensor.role == "gate_up" else 1)
+        return matrices * prune_count(math.prod(shape) // matrices, mask.ratio)
     width = shape[tensor.input_dim] if tensor.input_dim == -1 or tensor.rows == 1 else tensor.rows
     if mask.pattern is not None:
         per_row = width // mask.pattern[1] * mask.pattern[0]
@@ -48,21 +37,3 @@ def zeros_of(mask: MaskEdit, shape: tuple[int, ...], tensor: DiskTensor) -> int:
         assert mask.ratio is not None
         per_row = prune_count(width, mask.ratio)
     return math.prod(shape) // width * per_row
-
-
-def mask_in_memory(site: MoESite, layer: LayerPlan) -> None:
-    """Zero a loaded layer's weights as ``layer.mask`` says, so that later layers see the effect."""
-    mask, experts = layer.mask, site.experts
-    if mask is None:
-        return
-    for name, parameter in list(experts.named_parameters()):
-        role = matrix_role(experts, name)
-        if role is None or not is_masked(mask, role):
-            continue
-        weight = parameter.data.clone()  # the loaded tensor may be the mapped file itself
-        rows_EOI = stacked(experts, name, weight)
-        for expert in layer.keep:
-            zero_masked(rows_EOI[expert], mask, role, expert)
-        owner, _, last = name.rpartition(".")
-        masked = torch.nn.Parameter(weight, requires_grad=False)
-        setattr(experts.get_submodule(owner), last, masked)

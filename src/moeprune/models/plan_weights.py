@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,19 @@ class WeightsFile:
 
     def matrix(self, expert: int, role: str) -> Tensor:
         """One matrix as float32."""
+        with self._open() as handle:
+            return torch.as_tensor(handle.get_tensor(f"{expert}.{role}")).float()
+
+    def shape(self, expert: int, role: str) -> tuple[int, ...]:
+        """The size of one matrix."""
+        with self._open() as handle:
+            return tuple(handle.get_slice(f"{expert}.{role}").get_shape())
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
         try:
             with safe_open(self.path, "pt") as handle:
-                return torch.as_tensor(handle.get_tensor(f"{expert}.{role}")).float()
+                yield handle
         except SafetensorError as error:
             raise PlanError(f"{self.path} is damaged: {error}") from error
 

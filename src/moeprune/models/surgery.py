@@ -17,6 +17,7 @@ from moeprune.files import json_bytes, new_directory, sha256_bytes
 from moeprune.models.attached import (
     check_equal_counts,
     find_attached,
+    refuse_narrow,
 )
 from moeprune.models.byte_exact import (
     refuse_changes,
@@ -30,6 +31,7 @@ from moeprune.models.generated import (
 )
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
+from moeprune.models.width import new_width
 from moeprune.models.writer import write_shards
 
 PROVENANCE = "moeprune.json"
@@ -106,8 +108,9 @@ def _editor(model: LayeredModel, plan: Plan, writing: Writing) -> Editor:
         refuse_dequantize(checkpoint, model.quantisation)
     else:
         refuse_changes(plan, layout, model.quantisation)
-    deletes = any(layer.dropped for layer in plan.layers.values())
+    deletes = any(layer.unroutes for layer in plan.layers.values())
     attached = find_attached(model, layout, writing.mtp, deletes)
+    refuse_narrow(attached, new_width(model, plan.layers))
     editor = Editor(model, plan, layout, attached, writing)
     check_equal_counts(editor.counts, attached)
     return editor

@@ -29,6 +29,11 @@ _TORCH_NAMES = {
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+"""The dtypes whose values are computed with, as safetensors spells them."""
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -23,7 +23,7 @@ from moeprune.models.counts import kernel_warnings
 from moeprune.models.editing import Writing
 from moeprune.models.layout import DiskExperts, DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
-from moeprune.models.masking import mask_in_memory
+from moeprune.models.memory_edits import edit_in_memory
 from moeprune.models.plan_weights import WeightsFolder
 from moeprune.models.sites import MoESite
 from moeprune.models.store import StatisticsStore, same_model, versions
@@ -139,7 +139,7 @@ def _statistics_of(
 
 
 def _table_warnings(layout: Mapping[str, DiskTensor], layers: Mapping[int, LayerPlan]) -> list[str]:
-    smaller = {index for index, layer in layers.items() if layer.dropped}
+    smaller = {index for index, layer in layers.items() if layer.unroutes}
     tables = {tensor.layer for tensor in layout.values() if tensor.role == "table"} & smaller
     if not tables:
         return []
@@ -189,7 +189,7 @@ def _plan_sequentially(
         view = replace(views.view(site, statistics), block=lambda: block)
         layer = method.plan_layer(view, context)
         layers[site.shape.layer] = layer
-        mask_in_memory(site, layer)
+        edit_in_memory(model, site, layer)
         return True
 
     observe(model, domains, compute, method.needs, visit, progress)

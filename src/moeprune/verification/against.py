@@ -183,7 +183,12 @@ def _masked_rows(
             return
         if disk.input_dim == -2:
             now, before = now.T, before.T
-        why = _mask_problem(now, before, mask)
+        pairs = zip(
+            _single_matrices(now, disk.role, disk.interleaved),
+            _single_matrices(before, disk.role, disk.interleaved),
+            strict=True,
+        )
+        why = next(filter(None, (_mask_problem(*pair, mask) for pair in pairs)), "")
         if why:
             yield why if expert is None else f"expert {expert}: {why}"
 
@@ -197,6 +202,8 @@ def _mask_problem(now_OI: Tensor, before_OI: Tensor, mask: Mask) -> str:
         expected, size = mask.pattern
         zero_OI = zero_OI.reshape(-1, size)
     elif mask.ratio is not None:
+        if mask.group == "matrix":
+            zero_OI = zero_OI.reshape(1, -1)
         size = zero_OI.shape[1]
         expected = prune_count(size, mask.ratio)
     else:
@@ -249,3 +256,13 @@ RULES = (
     Rule("against-masks", "with --against: masked weights are zero or the original's", masks),
     Rule("against-logits", "with --against: logits are those of the restricted original", logits),
 )
+
+
+def _single_matrices(weight_OI: Tensor, role: str, interleaved: bool) -> tuple[Tensor, ...]:
+    """Views of the gate and the up matrix in a ``gate_up``; any other matrix as it is."""
+    if role != "gate_up":
+        return (weight_OI,)
+    if interleaved:
+        return weight_OI[0::2], weight_OI[1::2]
+    gate_OI, up_OI = weight_OI.chunk(2)
+    return gate_OI, up_OI

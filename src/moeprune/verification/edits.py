@@ -17,11 +17,15 @@ _PATTERN = re.compile(r"(\d{1,4}):(\d{1,4})")
 
 @dataclass(frozen=True)
 class Mask:
-    """How many weights are zero: ``ratio`` of each row, ``pattern`` n of every m, or any number."""
+    """How many weights are zero: ``ratio`` of each group, n of every m by ``pattern``, or any number.
+
+    A group is an output ``row`` or a whole ``matrix``.
+    """
 
     roles: tuple[str, ...]
     ratio: float | None = None
     pattern: tuple[int, int] | None = None
+    group: str = "row"
 
 
 @dataclass(frozen=True)
@@ -85,4 +89,4 @@ def _mask(entry: dict[str, Any]) -> Mask:
     match = _PATTERN.fullmatch(str(entry.get("pattern", "")))
     if match is not None:
         return Mask(roles, pattern=(int(match[1]), int(match[2])))
-    return Mask(roles, ratio=float(entry["ratio"]))
+    return Mask(roles, ratio=float(entry["ratio"]), group=str(entry.get("group", "row")))

@@ -5,8 +5,9 @@ A mask is a function of a score alone, and the score of weight W[o, i] is |W[o, 
 the plain input feature for Wanda (arXiv 2306.11695), and 1 for magnitude pruning.
 
 Rules common to every mask here: the comparison group is one output row (or one run of M inputs
-of it), exactly the requested number of entries is pruned in every group, equal scores are pruned
-in ascending column order, and a NaN score is pruned before anything else.  A mask depends on
+of it, or the whole matrix), exactly the requested number of entries is pruned in every group, equal
+scores are pruned in ascending column order (in a matrix: by row, then column), and a NaN score is
+pruned before anything else.  A mask depends on
 nothing but its arguments: not on the thread count, the device, or the batching of experts.
 
 Axis letters: E experts, O outputs, I inputs, R rows, M the length of an N:M run.
@@ -70,7 +71,25 @@ def row_keep_mask(weight: Tensor, scale: Tensor | None, ratio: float) -> Tensor:
     Raises ValueError for a ratio outside [0, 1] or shapes that do not fit.
     """
     count = prune_count(_inputs(weight), ratio)
-    return _mask_by_chunks(weight, scale, lambda chunk_RI: _keep_all_but_lowest(chunk_RI, count))
+    return _mask_by_chunks(weight, scale, lambda chunk_RI: lowest_excluded(chunk_RI, count))
+
+
+def matrix_keep_mask(weight: Tensor, scale: Tensor | None, ratio: float) -> Tensor:
+    """Return the mask that prunes the ``prune_count(O * I, ratio)`` lowest scores of each matrix.
+
+    Source: magnitude pruning as the Wanda reference code has it, one threshold per matrix. There
+    everything up to the sorted value at position int(O * I * ratio) goes, which is one entry more
+    than asked for, and with ties any number more; here the number is exact.
+
+    Shapes and errors as for :func:`row_keep_mask`. The scores of one matrix are in memory at once.
+    """
+    outputs, inputs = (int(size) for size in weight.shape[-2:])
+    count = prune_count(outputs * _inputs(weight), ratio)
+
+    def keep(chunk_RI: Tensor) -> Tensor:
+        return lowest_excluded(chunk_RI.reshape(1, -1), count).reshape(chunk_RI.shape)
+
+    return _mask_by_chunks(weight, scale, keep, rows=outputs)
 
 
 def nm_keep_mask(weight: Tensor, scale: Tensor | None, n: int, m: int) -> Tensor:
@@ -91,7 +110,7 @@ def nm_keep_mask(weight: Tensor, scale: Tensor | None, n: int, m: int) -> Tensor
 
     def keep(chunk_RI: Tensor) -> Tensor:
         runs_RM = chunk_RI.reshape(-1, m)
-        select = _keep_all_but_lowest_ranks if m <= MAX_RANKED_RUN else _keep_all_but_lowest
+        select = lowest_ranks_excluded if m <= MAX_RANKED_RUN else lowest_excluded
         return select(runs_RM, n).reshape(chunk_RI.shape)
 
     return _mask_by_chunks(weight, scale, keep)
@@ -121,9 +140,12 @@ def _expand_scale(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _mask_by_chunks(
-    weight: Tensor, scale: Tensor | None, keep: Callable[[Tensor], Tensor]
+    weight: Tensor, scale: Tensor | None, keep: Callable[[Tensor], Tensor], rows: int = 0
 ) -> Tensor:
-    """Apply ``keep`` (scores [R, I] -> bool [R, I]) to bounded groups of rows of one matrix."""
+    """Apply ``keep`` (scores [R, I] -> bool [R, I]) to groups of rows of one matrix.
+
+    ``rows`` of them at a time; 0 takes as many as ``CHUNK_ENTRIES`` allows.
+    """
     outputs, inputs = int(weight.shape[-2]), _inputs(weight)
     mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     scale_EI = None if scale is None else _expand_scale(weight, scale.detach()).reshape(-1, inputs)
@@ -131,7 +153,7 @@ def _mask_by_chunks(
         return mask
     weight_EOI = weight.detach().reshape(-1, outputs, inputs)
     mask_EOI = mask.view(-1, outputs, inputs)
-    rows = max(1, CHUNK_ENTRIES // inputs)
+    rows = rows or max(1, CHUNK_ENTRIES // inputs)
     for expert in range(len(weight_EOI)):
         scale_I = None if scale_EI is None else scale_EI[expert]
         for start in range(0, outputs, rows):
@@ -144,8 +166,11 @@ def _nan_first(scores_RI: Tensor) -> Tensor:
     return scores_RI.masked_fill_(scores_RI.isnan(), -math.inf)
 
 
-def _keep_all_but_lowest(scores_RI: Tensor, count: int) -> Tensor:
-    """Select by the count-th smallest value of a row, then settle ties at it by column order."""
+def lowest_excluded(scores_RI: Tensor, count: int) -> Tensor:
+    """True but for the ``count`` lowest scores of each row; NaN in ``scores_RI`` becomes -inf.
+
+    Select by the count-th smallest value of a row, then settle ties at it by column order.
+    """
     inputs = scores_RI.shape[-1]
     if count in (0, inputs):
         return torch.full_like(scores_RI, count == 0, dtype=torch.bool)
@@ -161,7 +186,7 @@ def _keep_all_but_lowest(scores_RI: Tensor, count: int) -> Tensor:
     return keep_RI
 
 
-def _keep_all_but_lowest_ranks(scores_RM: Tensor, count: int) -> Tensor:
+def lowest_ranks_excluded(scores_RM: Tensor, count: int) -> Tensor:
     """The same selection for short rows: count who precedes whom in (score, column) order.
 
     It takes M * (M - 1) / 2 vectorised comparisons, which beats a selection per row for small M.
