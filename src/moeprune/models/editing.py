@@ -40,6 +40,7 @@ from moeprune.models.generated import (
 from moeprune.models.layout import DiskTensor
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import model_class, native_class, remote_class
+from moeprune.models.novices import set_novices
 from moeprune.models.quantised import (
     bf16_piece,
     parameters,
@@ -249,12 +250,7 @@ class Editor:
         if self.attached.dropped and self.attached.heads:
             without_heads(config)
         if self.novices:
-            text = config.get("text_config")  # with towers, the language model's part
-            (text if isinstance(text, dict) else config)["approximate_experts"] = {
-                str(index): list(layer.replaced)
-                for index, layer in sorted(self.plan.layers.items())
-                if layer.replaced
-            }
+            set_novices(config, self.model.sites, self.plan)
         return set_code(config, self.code, model_class(self.checkpoint, self.model.config))
 
     @cached_property
