@@ -30,6 +30,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/methods_speed.py --layer
 
 # Regenerates every committed figure and table.
 figures: $(STAMP)

@@ -23,15 +23,19 @@ __version__ = "0.1.0"
 _HOME = {
     "Budget": "moeprune.core.budget",
     "Compute": "moeprune.pipeline.inputs",
+    "Constraints": "moeprune.core.constraints",
+    "Grid": "moeprune.pipeline.arena.run",
     "LayerPlan": "moeprune.core.plan",
     "MaskEdit": "moeprune.core.plan",
     "Method": "moeprune.core.method",
     "MoepruneError": "moeprune.errors",
     "Plan": "moeprune.core.plan",
+    "Target": "moeprune.core.targets",
     "Text": "moeprune.pipeline.inputs",
     "Writing": "moeprune.models.editing",
     "apply": "moeprune.pipeline.stages",
     "calibrate": "moeprune.pipeline.calibration",
+    "compare": "moeprune.pipeline.arena.run",
     "evaluate": "moeprune.pipeline.stages",
     "inspect": "moeprune.pipeline.inspection",
     "load": "moeprune.models.runtime",
@@ -40,6 +44,8 @@ _HOME = {
     "prune": "moeprune.pipeline.stages",
     "read_plan": "moeprune.models.store",
     "register": "moeprune.core.method",
+    "run": "moeprune.pipeline.recipes.run",
+    "skip_experts": "moeprune.models.skip_experts",
     "verify": "moeprune.pipeline.verification",
     "write_plan": "moeprune.models.store",
 }
@@ -47,16 +53,20 @@ _HOME = {
 __all__ = [
     "Budget",
     "Compute",
+    "Constraints",
+    "Grid",
     "LayerPlan",
     "MaskEdit",
     "Method",
     "MoepruneError",
     "Plan",
+    "Target",
     "Text",
     "Writing",
     "__version__",
     "apply",
     "calibrate",
+    "compare",
     "evaluate",
     "inspect",
     "load",
@@ -65,22 +75,29 @@ __all__ = [
     "prune",
     "read_plan",
     "register",
+    "run",
+    "skip_experts",
     "verify",
     "write_plan",
 ]
 
 if TYPE_CHECKING:
     from moeprune.core.budget import Budget
+    from moeprune.core.constraints import Constraints
     from moeprune.core.method import Method, register
     from moeprune.core.plan import LayerPlan, MaskEdit, Plan
+    from moeprune.core.targets import Target
     from moeprune.errors import MoepruneError
     from moeprune.models.editing import Writing
     from moeprune.models.runtime import load
+    from moeprune.models.skip_experts import skip_experts
     from moeprune.models.store import merge_statistics, read_plan, write_plan
+    from moeprune.pipeline.arena.run import Grid, compare
     from moeprune.pipeline.calibration import calibrate
     from moeprune.pipeline.inputs import Compute, Text
     from moeprune.pipeline.inspection import inspect
     from moeprune.pipeline.planning import plan
+    from moeprune.pipeline.recipes.run import run
     from moeprune.pipeline.stages import apply, evaluate, prune
     from moeprune.pipeline.verification import verify
 

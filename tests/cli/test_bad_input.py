@@ -198,7 +198,7 @@ BUDGETS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "option's choice": (
         "mone",
         ["--ratio", "0.5", "-o", "scope=world"],
-        ("mone, option scope", "'layer' or 'global'"),
+        ("mone, option scope", "'layer', 'global' or 'importance'"),
     ),
     "option without value": (
         "moeits",
@@ -719,3 +719,37 @@ def test_as_a_process(tmp_path: Path, args: list[str], says: tuple[str, ...]) ->
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     is_refusal(done.returncode, done.stdout, done.stderr, says)
     assert tree(tmp_path) == before
+
+
+# --- experts that stay or go, and sizes
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--keep", "4", "--pin", "3"], ("bad --pin '3'", "LAYER:IDS")),
+        (["--keep", "4", "--pin", "9:1"], ("layer 9 is no MoE layer", "0, 2, 3")),
+        (["--keep", "4", "--forbid", "2:8"], "layer 2 has experts 0..7"),
+        (["--keep", "4", "--pin", "*:1", "--forbid", "2:1"], "both pinned and forbidden"),
+        (["--keep", "2", "--pin", "2:0,1,2"], ("layer 2", "3 are pinned", "at least 3")),
+        (["--keep", "7", "--forbid", "2:0,1"], ("2 are forbidden", "at most 6")),
+        (["--keep", "4", "--protect-super"], ("there are none", "moeprune calibrate")),
+        (["--keep", "4", "--target-bytes", "1GB"], "got --target-bytes and --keep"),
+        (["--target-bytes", "1GB", "--target-params", "9"], "give exactly one budget"),
+        (["--target-bytes", "much"], ("bad --target-bytes 'much'", "24GiB")),
+        (["--target-params", "1GB"], ("bad --target-params '1GB'", "8e9")),
+        (["--target-bytes", "0"], "--target-bytes must be positive"),
+        (["--target-bytes", "1kB"], ("cannot be reached: the smallest", "at least")),
+    ],
+    ids=str,
+)
+def test_wishes_that_cannot_be_met(
+    refused: Refused, tiny: Path, args: list[str], says: str | tuple[str, ...]
+) -> None:
+    refused("plan", tiny, "--method", "random", *args, "--out", "p.json", says=says)
+
+
+def test_masks_make_no_file_smaller(refused: Refused, tiny: Path) -> None:
+    args = ["plan", tiny, "--method", "moe-pruner", "--out", "p.json"]
+    refused(*args, "--target-bytes", "1GB", says=("leaves every tensor its size", "zeros"))
+    refused(*args, "--ratio", "0.5", "--pin", "0:1", says="--pin, --forbid and --protect-super")

@@ -20,7 +20,7 @@ from moeprune.core.statistics import LayerStatistics
 from moeprune.models.checkpoint import Checkpoint, demo_path
 from moeprune.models.store import StatisticsStore, read_plan
 from running import Done, Run
-from support import tree
+from support import tensor_digests, tree
 
 COMMANDS = (
     "inspect", "calibrate", "merge", "plan", "apply", "prune", "evaluate", "verify", "methods",
@@ -214,7 +214,13 @@ def test_plan(run: Run, stats: Path, tmp_path: Path) -> None:
     assert vectors["file"] == "p.safetensors" and len(vectors["sha256"]) == 64
     assert written["format"] == "moeprune.plan/1"
     assert written["method"] == "mone" and written["budget"] == {"ratio": 0.25}
-    assert written["options"] == {"routing": "count", "scope": "layer"}
+    assert written["options"] == {
+        "routing": "count",
+        "scope": "layer",
+        "normalise": True,
+        "score": "fusion",
+        "novice": "mean",
+    }
     assert written["seed"] == 5
     assert written["model"]["fingerprint"] == Checkpoint.open("demo").fingerprint
     assert written["statistics"] == StatisticsStore.open(stats).summary
@@ -228,6 +234,31 @@ def test_plan(run: Run, stats: Path, tmp_path: Path) -> None:
         assert len(scores) == 32
         assert max(scores[e] for e in layer["replaced"]) <= min(scores[e] for e in layer["keep"])
         assert tensors[f"layers.{index}.novices"].shape == (8, 192)
+
+
+def test_plan_with_wishes(run: Run, stats: Path, tmp_path: Path) -> None:
+    """Experts that stay and go, and a size instead of a ratio."""
+    asked = ["--method", "reap", "--statistics", stats, "--protect-super"]
+    asked += ["--pin", "0:1,2", "--pin", "*:0", "--forbid", "5:3", "--target-bytes", "16MB"]
+    printed = as_json(run("plan", "demo", *asked, "--out", "p.json", "--json"))
+    assert printed["budget"]["pinned"]["0"] == [0, 1, 2]
+    assert printed["budget"]["forbidden"] == {"5": [3]}
+    assert printed["budget"]["target_bytes"] == 16_000_000
+    for index, layer in printed["layers"].items():
+        assert {0} | ({1, 2} if index == "0" else set()) <= set(layer["keep"])
+        protected = printed["budget"]["protected"].get(index, [])
+        assert set(protected) <= set(layer["keep"])
+        assert [f"experts {protected} are super experts: they stay"] * bool(protected) == (
+            layer.get("notes", [])
+        )
+    assert 3 not in printed["layers"]["5"]["keep"]
+    sizes = as_json(run("apply", "demo", "--plan", "p.json", "--out", "out", "--json"))
+    assert sizes["bytes"][1] == printed["budget"]["bytes"] <= 16_000_000
+    pruned = as_json(run("prune", "demo", *asked, "--out", "same", "--json"))
+    assert pruned["bytes"] == sizes["bytes"]
+    assert tensor_digests(tmp_path / "same") == tensor_digests(tmp_path / "out")
+    people = run("plan", "demo", *asked, "--out", "q.json")
+    assert people.code == 0 and "16000000" in people.out
 
 
 def test_plan_for_people_and_its_warnings(run: Run) -> None:

@@ -11,6 +11,8 @@ from moeprune.errors import MoepruneError
 
 if TYPE_CHECKING:
     from moeprune.core.budget import Budget
+    from moeprune.core.constraints import Constraints
+    from moeprune.core.targets import Target
     from moeprune.pipeline.inputs import Compute, Text
 
 Model = Annotated[str, typer.Argument(help="Directory, hub id, or **demo** (the embedded model).")]
@@ -32,6 +34,26 @@ Ratio = Annotated[Optional[float], typer.Option(help="Fraction to remove, 0 <= R
 Keep = Annotated[Optional[int], typer.Option(help="Experts to keep per layer.")]  # noqa: UP045
 Tau = Annotated[Optional[float], typer.Option(help="Threshold of MoEITS.")]  # noqa: UP045
 Pattern = Annotated[Optional[str], typer.Option(help="N:M, N of every M weights zeroed.")]  # noqa: UP045
+TargetBytes = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Remove as little as fits this size: **24GiB**, **900MB**, plain bytes."),
+]
+TargetParams = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Remove as little as leaves at most so many parameters: **8e9**."),
+]
+Pin = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="Experts that stay, **LAYER:IDS** (**3:5,7**, **'*:0'**); repeatable."),
+]
+Forbid = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="Experts that do not stay, **LAYER:IDS**; repeatable."),
+]
+ProtectSuper = Annotated[
+    bool,
+    typer.Option("--protect-super", help="Pin experts with extreme activations (needs outputs)."),
+]
 MultipleOf = Annotated[
     int,
     typer.Option(help="Experts kept are a multiple of this (tensor or expert parallel).", min=1),
@@ -73,13 +95,39 @@ def parse_budget(
     tau: float | None,
     pattern: str | None,
     multiple_of: int,
-) -> Budget:
+    target_bytes: str | None = None,
+    target_params: str | None = None,
+) -> Budget | Target:
     """The one budget that was given."""
     from moeprune.core.budget import Budget, parse_pattern
+    from moeprune.core.targets import Target, parse_size
+    from moeprune.errors import BudgetError
 
-    return Budget(
-        ratio, keep, tau, None if pattern is None else parse_pattern(pattern), multiple_of
+    sizes = {"target-bytes": target_bytes, "target-params": target_params}
+    given = [name for name, text in sizes.items() if text is not None]
+    if not given:
+        parsed = None if pattern is None else parse_pattern(pattern)
+        return Budget(ratio, keep, tau, parsed, multiple_of)
+    others = {"ratio": ratio, "keep": keep, "tau": tau, "pattern": pattern}
+    given += [name for name, value in others.items() if value is not None]
+    if len(given) > 1:
+        got = " and ".join(f"--{name}" for name in given)
+        raise BudgetError(f"give exactly one budget (got {got})")
+    size, option = parse_size(sizes[given[0]] or "", given[0]), given[0]
+    return Target(
+        bytes=size if option == "target-bytes" else None,
+        parameters=size if option == "target-params" else None,
+        multiple_of=multiple_of,
     )
+
+
+def parse_constraints(
+    pin: list[str] | None, forbid: list[str] | None, protect_super: bool
+) -> Constraints:
+    """What is to happen to certain experts."""
+    from moeprune.core.constraints import Constraints
+
+    return Constraints(tuple(pin or ()), tuple(forbid or ()), protect_super)
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ from moeprune.cli.options import (
     Dequantize,
     Device,
     Dtype,
+    Forbid,
     Force,
     Keep,
     Length,
@@ -24,16 +25,21 @@ from moeprune.cli.options import (
     Options,
     Pad,
     Pattern,
+    Pin,
+    ProtectSuper,
     Ratio,
     Seed,
     Sequences,
     Statistics,
+    TargetBytes,
+    TargetParams,
     Tau,
     Trust,
     Uniform,
     Workers,
     parse_budget,
     parse_compute,
+    parse_constraints,
     parse_options,
     parse_text,
 )
@@ -47,7 +53,7 @@ def calibrate(
     length: Length = 2048,
     collect: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Accumulators, comma-separated; default: all but the Gram matrices."),
+        typer.Option(help="Accumulators, comma-separated; default: all but the Gram matrices and residual."),
     ] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -110,8 +116,13 @@ def plan(
     keep: Keep = None,
     tau: Tau = None,
     pattern: Pattern = None,
+    target_bytes: TargetBytes = None,
+    target_params: TargetParams = None,
     multiple_of: MultipleOf = 1,
     uniform: Uniform = False,
+    pin: Pin = None,
+    forbid: Forbid = None,
+    protect_super: ProtectSuper = False,
     option: Options = None,
     statistics: Statistics = None,
     data: Data = None,
@@ -137,7 +148,7 @@ def plan(
         made = stages.plan(
             model,
             method,
-            parse_budget(ratio, keep, tau, pattern, multiple_of),
+            parse_budget(ratio, keep, tau, pattern, multiple_of, target_bytes, target_params),
             statistics,
             parse_text(data, sequences, length, seed),
             parse_options(option),
@@ -145,6 +156,7 @@ def plan(
             seed,
             progress,
             uniform,
+            parse_constraints(pin, forbid, protect_super),
         )
     stages.save_plan(made, out, force)
     if statistics is None and made.statistics:
@@ -153,7 +165,9 @@ def plan(
     if as_json:
         output.print_json({"path": str(out), **made.to_json(None)})
     else:
-        budget = ", ".join(f"{name} {value}" for name, value in made.budget.items())
+        budget = ", ".join(
+            f"{name} {value}" for name, value in made.budget.items() if not isinstance(value, dict)
+        )
         rows = [
             {
                 "layer": str(index),
@@ -197,9 +211,14 @@ def prune(
     keep: Keep = None,
     tau: Tau = None,
     pattern: Pattern = None,
+    target_bytes: TargetBytes = None,
+    target_params: TargetParams = None,
     multiple_of: MultipleOf = 1,
     uniform: Uniform = False,
     pad: Pad = False,
+    pin: Pin = None,
+    forbid: Forbid = None,
+    protect_super: ProtectSuper = False,
     option: Options = None,
     statistics: Statistics = None,
     data: Data = None,
@@ -225,7 +244,7 @@ def prune(
         done = stages.prune(
             model,
             method,
-            parse_budget(ratio, keep, tau, pattern, multiple_of),
+            parse_budget(ratio, keep, tau, pattern, multiple_of, target_bytes, target_params),
             out,
             parse_text(data, sequences, length, seed),
             parse_options(option),
@@ -236,6 +255,7 @@ def prune(
             progress,
             uniform,
             stages.Writing(pad, mtp, dequantize),
+            parse_constraints(pin, forbid, protect_super),
         )
     if statistics is None and done.plan.statistics:
         output.tell_default_text(model, data)

@@ -219,8 +219,8 @@ def lowest(
     Raises:
         BudgetError: more experts are forbidden, or fewer are not pinned, than are to be removed.
     """
+    check_fixed(remove, shape, pinned, forbidden)
     quota = [remove // shape.groups] * shape.groups
-    _check_fixed(quota[0], shape, pinned, forbidden)
     order = sorted(
         (e for e in range(shape.experts) if e not in pinned),
         key=lambda e: (
@@ -247,10 +247,11 @@ def _by_group(experts: Collection[int], shape: LayerShape) -> list[int]:
     return found
 
 
-def _check_fixed(
-    quota: int, shape: LayerShape, pinned: Collection[int], forbidden: Collection[int]
+def check_fixed(
+    remove: int, shape: LayerShape, pinned: Collection[int], forbidden: Collection[int]
 ) -> None:
-    """Raise unless ``quota`` of each group can go without a pinned and with all forbidden ones."""
+    """Raise ``BudgetError`` if ``remove`` experts cannot be all forbidden and no pinned ones."""
+    quota = remove // shape.groups
     pins, bans = max(_by_group(pinned, shape)), max(_by_group(forbidden, shape))
     size = shape.experts // shape.groups
     where = f"layer {shape.layer}" + (", one routing group" if shape.groups > 1 else "")

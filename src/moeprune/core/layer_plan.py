@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeprune.core.edits import EditedExperts, ExpertWeights, MaskEdit, Neurons, StoredWeights
 from moeprune.core.shapes import ROLES, LayerShape
+from moeprune.core.skipping import Skipping
 from moeprune.errors import PlanError
 
 
@@ -35,6 +36,7 @@ class LayerPlan:
         offsets_CH: constants added to the outputs of the kept experts, before the gate.
         ranks: by role, the rank to which the matrix of each old expert is cut.
         stored: matrices that take the place of the kept experts' own.
+        skipping: when a token may skip its weaker experts; nothing is done to the layer by it.
     """
 
     layer: int
@@ -51,6 +53,7 @@ class LayerPlan:
     offsets_CH: Tensor | None = None
     ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stored: StoredWeights | None = None
+    skipping: Skipping | None = None
 
     @property
     def dropped(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ or another method. The registry is the only mutable state of the package.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Protocol
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from moeprune.core.budget import Budget
 from moeprune.core.edits import ExpertWeights, StoredWeights
+from moeprune.core.partial import PartialStatistics
 from moeprune.core.plan import LayerPlan
+from moeprune.core.residual import Residual
 from moeprune.core.shapes import LayerShape
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import BudgetError, MoepruneError, nearest
@@ -32,6 +34,11 @@ class Block(Protocol):
 
     def outputs(self, expert: int, x_SH: Tensor) -> Tensor:
         """The output of one expert before the gate, float32 [S, H]."""
+        ...
+
+    @property
+    def gated_inputs(self) -> bool:
+        """Whether the model multiplies the gate into the input and not into the output."""
         ...
 
 
@@ -50,12 +57,38 @@ class LayerView:
         weights: the experts' matrices.
         block: loads the experts and gives them as functions; the layer is freed when the next one
             is asked for.
+        again: runs the layer over the text again and yields these accumulators, of as many experts
+            at a time as fit into so many bytes; only while a walk stands at the layer.
+        router: reads the router's tensors that have one entry per output, float32 with that axis
+            first, by their names; rows beyond E are not experts'.
+        dense: the same layer's statistics in the unedited model, where ``statistics`` are of a
+            model whose layers before this one are edited already; None elsewhere.
     """
 
     shape: LayerShape
     statistics: LayerStatistics | None
     weights: ExpertWeights
     block: Callable[[], Block] | None = None
+    again: Callable[[Sequence[str], int], Iterator[PartialStatistics]] | None = None
+    router: Callable[[], Mapping[str, Tensor]] | None = None
+    dense: LayerStatistics | None = None
+
+    def observe_parts(self, needs: Sequence[str], limit: int) -> Iterator[PartialStatistics]:
+        """Statistics that are too large to collect at once, some experts after the other."""
+        if self.again is None:
+            raise MoepruneError("this method observes layers again, and there is no walk")
+        return self.again(needs, limit)
+
+    def router_rows(self) -> Tensor:
+        """The experts' rows of the router's matrix, float32 [E, width of its input]."""
+        found = {} if self.router is None else self.router()
+        matrices = [t for _, t in sorted(found.items()) if t.ndim == 2 and t.shape[1] > 1]
+        if len(matrices) != 1:
+            raise MoepruneError(
+                f"layer {self.shape.layer}: its router has {len(matrices)} matrices with one row "
+                "per expert, and this method needs one"
+            )
+        return matrices[0][: self.shape.experts]
 
     def need_block(self) -> Block:
         """The experts as functions, or a clear error."""
@@ -131,6 +164,16 @@ class Method(ABC):
         """Whether a layer must be edited before the next one is observed."""
         return False
 
+    @property
+    def observes(self) -> tuple[str, ...]:
+        """Of ``needs``, what a sequential method wants collected before ``plan_layer``."""
+        return self.needs
+
+    @property
+    def compares(self) -> tuple[str, ...]:
+        """Accumulators of the unedited model that a sequential method reads as well."""
+        return ()
+
     @abstractmethod
     def plan_layer(self, view: LayerView, context: Context) -> LayerPlan:
         """Decide about one layer from its own facts."""
@@ -141,6 +184,10 @@ class Method(ABC):
         ``views`` may be iterated more than once; each pass loads one layer at a time.
         """
         return {view.shape.layer: self.plan_layer(view, context) for view in views}
+
+    def plan_depth(self, residual: Residual, context: Context) -> tuple[int, ...]:
+        """Decoder layers that go as a whole; asked of methods that need ``residual``."""
+        return ()
 
     def per_layer(self) -> Method:
         """This method when every layer is to lose the same number; overridden if layers compete."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeprune.core.edits import MaskEdit, StoredWeights
 from moeprune.core.layer_plan import LayerPlan
-from moeprune.core.plan_json import get, layer_from_json, layer_to_json, layer_vectors, texts
+from moeprune.core.plan_json import get, ids, layer_from_json, layer_to_json, layer_vectors, texts
 from moeprune.core.shapes import LayerShape
 from moeprune.errors import PlanError
 from moeprune.files import json_bytes
@@ -44,6 +44,7 @@ class Plan:
         seed: the seed of whatever was random.
         warnings: what the method wants the user to know.
         versions: of moeprune, torch, transformers, numpy.
+        drop_layers: decoder layers, dense or not, that go as a whole, ascending.
     """
 
     layers: Mapping[int, LayerPlan]
@@ -55,6 +56,7 @@ class Plan:
     seed: int
     warnings: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    drop_layers: tuple[int, ...] = ()
 
     def check(self, shapes: Mapping[int, LayerShape]) -> None:
         """Raise ``PlanError`` unless every layer's edit fits the model's layers."""
@@ -87,6 +89,7 @@ class Plan:
             "versions": dict(self.versions),
             "vectors": None if vectors is None else dict(vectors),
             "warnings": list(self.warnings),
+            **({"drop_layers": list(self.drop_layers)} if self.drop_layers else {}),
             "layers": {str(i): layer_to_json(layer) for i, layer in sorted(self.layers.items())},
         }
 
@@ -120,6 +123,7 @@ class Plan:
             seed=get(data, "seed", int, "plan"),
             warnings=texts(data, "warnings", "plan"),
             versions=get(data, "versions", dict, "plan"),
+            drop_layers=ids({"drop_layers": []} | data, "drop_layers", "plan"),
         )
         try:
             json_bytes(data)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moeprune.core.edits import MaskEdit, Neurons, StoredWeights
 from moeprune.core.layer_plan import LayerPlan
+from moeprune.core.skipping import Skipping
 from moeprune.errors import PlanError
 
 _PATTERN = re.compile(r"([0-9]{1,4}):([0-9]{1,4})")
@@ -38,6 +39,8 @@ def layer_to_json(layer: LayerPlan) -> dict[str, Any]:
             "scales": [name for name, table in _scales(mask).items() if table is not None],
         }
     entry |= _rebuilt_to_json(layer)
+    if layer.skipping is not None:
+        entry["skipping"] = layer.skipping.to_json()
     entry["scores"] = {
         name: [v if v is not None and math.isfinite(v) else None for v in values]
         for name, values in layer.scores.items()
@@ -76,9 +79,9 @@ def layer_from_json(
         PlanError: a field is missing or of the wrong kind; the message names it.
     """
     where = f"plan: layers.{index}"
-    keep, replaced = (_ids(entry, name, where) for name in ("keep", "replaced"))
+    keep, replaced = (ids(entry, name, where) for name in ("keep", "replaced"))
     novices = vectors.get(f"layers.{index}.novices")
-    listed = _ids(entry, "novice_rows", where) if "novice_rows" in entry else ()
+    listed = ids(entry, "novice_rows", where) if "novice_rows" in entry else ()
     if listed or novices is not None:
         if novices is None:
             raise _lost(where, "novices")
@@ -109,6 +112,11 @@ def layer_from_json(
         novices_NH=novices if replaced else None,
         mask=mask,
         **_rebuilt_from_json(index, entry, vectors, stored),
+        skipping=(
+            Skipping.from_json(entry["skipping"], f"{where}.skipping")
+            if "skipping" in entry
+            else None
+        ),
         notes=texts(entry, "notes", where),
     )
 
@@ -126,7 +134,7 @@ def _rebuilt_from_json(
 
     if "rebuilt" not in entry:
         return {}
-    if _ids(entry, "rebuilt", where) != _ids(entry, "keep", where):
+    if ids(entry, "rebuilt", where) != ids(entry, "keep", where):
         raise PlanError(
             f"{where}: its experts are rebuilt, so 'keep' cannot be edited by hand",
             "plan again with --pin or --forbid",
@@ -139,10 +147,10 @@ def _rebuilt_from_json(
             raise PlanError(f"{where}: the list of neurons does not hold integers")
         found["neurons"] = Neurons(width, index_N4.to(torch.int32), vector("neuron_factor"))
     if "served_by" in entry:
-        found["served_by"] = _ids(entry, "served_by", where)
+        found["served_by"] = ids(entry, "served_by", where)
     if "ranks" in entry:
         ranks = get(entry, "ranks", dict, where)
-        found["ranks"] = {role: _ids(ranks, role, f"{where}.ranks") for role in ranks}
+        found["ranks"] = {role: ids(ranks, role, f"{where}.ranks") for role in ranks}
     if "stored" in entry:
         if stored is None:
             raise _lost(where, "stored")
@@ -211,10 +219,11 @@ def get(data: dict[str, Any], name: str, kind: type, where: str) -> Any:
     return value
 
 
-def _ids(entry: dict[str, Any], name: str, where: str) -> tuple[int, ...]:
+def ids(entry: dict[str, Any], name: str, where: str) -> tuple[int, ...]:
+    """A list of ids of experts or layers."""
     values = get(entry, name, list, where)
     if not all(isinstance(e, int) and not isinstance(e, bool) for e in values):
-        raise PlanError(f"{where}: {name!r} is not a list of expert ids")
+        raise PlanError(f"{where}: {name!r} is not a list of ids")
     return tuple(values)
 
 

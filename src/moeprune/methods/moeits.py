@@ -11,11 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from moeprune.core.budget import least_kept, next_multiple, removable
+from moeprune.core.budget import (
+    check_fixed,
+    least_kept,
+    next_multiple,
+    removable,
+    removal_range,
+)
 from moeprune.core.method import Context, LayerView, Method
 from moeprune.core.ops.binning import MAX_FIXED_BINS
 from moeprune.core.ops.elimination import (
-    Removal,
     closest_pair_order,
     removals_above,
     threshold,
@@ -69,13 +74,16 @@ class MoEITS(Method):
         remove = None
         if context.budget.tau is None:
             remove = removable(context.budget, shape, self.floor)
-        similarity_EE = context.memo.get((self.name, shape.layer))
-        if similarity_EE is None:
+        known = context.memo.get((self.name, shape.layer))
+        if known is None:
             similarity_EE = self.similarity(view, context)
-            context.memo[self.name, shape.layer] = similarity_EE
-            self._warn_of_noise(view, context, similarity_EE)
+            known = similarity_EE, self._noise(view, context, similarity_EE)
+            context.memo[self.name, shape.layer] = known
+        similarity_EE, noise = known
+        if noise:
+            context.warn(noise)
         gone = self._removals(view, context, similarity_EE, remove)
-        rank = {step.expert: float(i) for i, step in enumerate(gone)}
+        rank = {expert: float(i) for i, expert in enumerate(gone)}
         central = similarity_EE.sum(axis=1) / max(1, shape.experts - 1)
         return LayerPlan(
             layer=shape.layer,
@@ -117,33 +125,41 @@ class MoEITS(Method):
         context: Context,
         similarity_EE: NDArray[np.float64],
         remove: int | None,
-    ) -> list[Removal]:
+    ) -> list[int]:
+        """The experts that go, in order; those that the user forbids first."""
         shape = view.shape
+        pinned, forbidden = context.pinned_in(shape.layer), context.forbidden_in(shape.layer)
+
+        def order(kept: int) -> list[int]:
+            steps = closest_pair_order(similarity_EE, kept, shape.groups, pinned, forbidden)
+            return [*sorted(forbidden), *(step.expert for step in steps)]
+
         if remove is not None:
-            kept = shape.experts - remove
-            return closest_pair_order(similarity_EE, kept, shape.groups) if remove else []
+            check_fixed(remove, shape, pinned, forbidden)
+            return order(shape.experts - remove) if remove else []
+        least = least_kept(shape, self.floor, context.budget.multiple_of)
+        low, high = removal_range(shape, least, context.budget.multiple_of, pinned, forbidden)
         tau = context.budget.tau
         assert tau is not None
         bar = threshold(similarity_EE, tau, offdiagonal=self.threshold == "off-diagonal")
-        step = math.lcm(shape.groups, context.budget.multiple_of)
-        least = least_kept(shape, self.floor, context.budget.multiple_of)
-        order = closest_pair_order(similarity_EE, least, shape.groups)
-        gone = removals_above(order, bar)
-        if len(removals_above(closest_pair_order(similarity_EE), bar)) > len(order):
+        steps = closest_pair_order(similarity_EE, least, shape.groups, pinned, forbidden)
+        gone = removals_above(steps, bar)
+        free = closest_pair_order(similarity_EE, 1, 1, pinned, forbidden)
+        if len(removals_above(free, bar)) > len(steps):
             context.warn(
                 f"layer {shape.layer}: tau {tau:g} would keep fewer than the {least} experts that "
                 "the router needs; kept that many"
             )
         # as many as tau removes, rounded to what divides, the same number from every group
-        kept = next_multiple(shape.experts - len(gone), step, shape)
-        if shape.groups > 1:
-            return closest_pair_order(similarity_EE, kept, shape.groups)
-        return order[: shape.experts - kept]
+        step = math.lcm(shape.groups, context.budget.multiple_of)
+        kept = next_multiple(shape.experts - len(forbidden) - len(gone), step, shape)
+        wanted = min(max(shape.experts - kept, low), high)
+        return order(shape.experts - wanted)[:wanted] if wanted else []
 
-    def _warn_of_noise(
+    def _noise(
         self, view: LayerView, context: Context, similarity_EE: NDArray[np.float64]
-    ) -> None:
-        """Tell the user if no pair is closer than unrelated matrices of this size would be."""
+    ) -> str | None:
+        """A warning if no pair is closer than unrelated matrices of this size would be."""
         floors = []
         for pair in range(min(_NOISE_PAIRS, view.shape.experts - 1)):
             floors.append(
@@ -160,10 +176,11 @@ class MoEITS(Method):
             )
         highest = float(similarity_EE.max())
         if floors and highest <= _NOISE_SLACK * max(floors):
-            context.warn(
+            return (
                 f"layer {view.shape.layer}: the closest pair of experts has NMI {highest:.4f}, "
                 f"unrelated matrices of this size have {max(floors):.4f}: MoEITS has no signal here"
             )
+        return None
 
 
 def _matrices(view: LayerView, role: str) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeprune.models import quirks
 from moeprune.models.loading import LayeredModel
 from moeprune.models.observe import run_expert
 from moeprune.models.sites import MoESite
@@ -15,6 +16,11 @@ class LoadedBlock:
 
     def __init__(self, model: LayeredModel, site: MoESite) -> None:
         self._model, self._site = model, site
+
+    @property
+    def gated_inputs(self) -> bool:
+        """Whether the model multiplies the gate into the input and not into the output."""
+        return type(self._site.experts).__name__ in quirks.GATED_INPUTS
 
     def hidden(self, expert: int, x_SH: Tensor) -> Tensor:
         """The down matrix's input of one expert, float32 [S, I]."""

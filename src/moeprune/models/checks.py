@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from moeprune.core.budget import least_kept
 from moeprune.core.plan import LayerPlan, Plan
@@ -30,6 +31,7 @@ def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
         )
     shapes = {index: site.shape for index, site in model.sites.items()}
     plan.check(shapes)
+    _check_depth(model, plan)
     check_novices(model, plan.layers)
     for index, shape in shapes.items():
         layer = plan.layers.get(index)
@@ -48,6 +50,23 @@ def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
             _check_stored(layer, shape)
     new_width(model, plan.layers)
     refuse_uneven(model, kept_counts(shapes, plan), pad)
+
+
+def _check_depth(model: LayeredModel, plan: Plan) -> None:
+    dropped, layers = plan.drop_layers, len(model.layers)
+    if not dropped:
+        return
+    if list(dropped) != sorted(set(dropped)) or not 0 <= dropped[0] <= dropped[-1] < layers:
+        raise PlanError(f"plan: 'drop_layers' must be ascending ids of {layers} decoder layers")
+    if len(dropped) == layers:
+        raise PlanError("plan: 'drop_layers' leaves no layer", "keep at least one")
+    whole = {index: LayerPlan(index, p.experts, tuple(range(p.experts)), scores=p.scores)
+             for index, p in plan.layers.items()}
+    if any(replace(p, notes=()) != whole[index] for index, p in plan.layers.items()):
+        raise PlanError(
+            "a plan that drops layers cannot edit the experts of others",
+            "make it two steps: apply one, plan the other for the result",
+        )
 
 
 def check_novices(model: LayeredModel, layers: Mapping[int, LayerPlan]) -> None:

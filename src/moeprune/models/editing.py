@@ -248,13 +248,21 @@ class Editor:
             config = with_description(config, lambda old: renumbered(old, kept))
         if self.attached.dropped and self.attached.heads:
             without_heads(config)
+        text = config.get("text_config")  # with towers, the language model's part
+        text = text if isinstance(text, dict) else config
         if self.novices:
-            text = config.get("text_config")  # with towers, the language model's part
-            (text if isinstance(text, dict) else config)["approximate_experts"] = {
+            text["approximate_experts"] = {
                 str(index): list(layer.replaced)
                 for index, layer in sorted(self.plan.layers.items())
                 if layer.replaced
             }
+        skipping = {
+            str(index): layer.skipping.to_json()
+            for index, layer in sorted(self.plan.layers.items())
+            if layer.skipping is not None
+        }
+        if skipping:
+            text["expert_skipping"] = skipping
         return set_code(config, self.code, model_class(self.checkpoint, self.model.config))
 
     @cached_property
@@ -283,6 +291,8 @@ class Editor:
         """Sizes before and after."""
         before = sum(site.shape.experts for site in self.model.sites.values())
         gone = sum(len(p.dropped) + len(p.replaced) for p in self.plan.layers.values())
+        sites = self.model.sites
+        gone += sum(sites[i].shape.experts for i in self.plan.drop_layers if i in sites)
         numel = parameters(self.checkpoint)
         after = sum(parameters_of(piece.name, piece.dtype, piece.shape) for piece in pieces)
         return Sizes(

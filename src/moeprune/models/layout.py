@@ -312,3 +312,18 @@ class DiskExperts:
         tensor = tensor.T if disk.input_dim == -2 else tensor
         exact = self._written and tensor.dtype == torch.float64
         return tensor.to(tensor.dtype if exact else torch.float32).contiguous()
+
+
+def read_router(
+    checkpoint: Checkpoint, layout: Mapping[str, DiskTensor], layer: int
+) -> dict[str, Tensor]:
+    """A router's tensors with one entry per output, float32, that axis first, by name."""
+    found = {}
+    for tensor in layout.values():
+        if tensor.layer == layer and tensor.role == "router":
+            if tensor.quantised is not None:
+                value = read(checkpoint, tensor.quantised)
+            else:
+                value = checkpoint.read(tensor.key)
+            found[tensor.key] = value.movedim(tensor.dim, 0).to(torch.float32).contiguous()
+    return found

@@ -13,8 +13,9 @@ not depend on how many run beside it, and results are the same on any number of 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
@@ -39,6 +40,7 @@ class Job(threading.Thread):
         self.collector: Collector | None = None
         self._call = call
         self._done = done
+        self.entered: Any = None
         self._layer: Callable[[], Any] | None = None
         self._go_on: SimpleQueue[bool] = SimpleQueue()
 
@@ -54,9 +56,12 @@ class Job(threading.Thread):
             self.error = error
         self._done.put(self)
 
-    def stop_at(self, layer: Callable[[], Any]) -> Any:
-        """Called in this thread in place of a decoder layer: wait for its output."""
-        self._layer = layer
+    def stop_at(self, layer: Callable[[], Any], entered: Any) -> Any:
+        """Called in this thread in place of a decoder layer: wait for its output.
+
+        ``entered`` is what goes into it.
+        """
+        self._layer, self.entered = layer, entered
         self._done.put(self)
         if not self._go_on.get():
             raise _Aborted
@@ -71,7 +76,7 @@ class Job(threading.Thread):
 
     def go_on(self, wanted: bool = True) -> None:
         """Let the thread continue with the layer's output, or end it."""
-        self._layer = None
+        self._layer = self.entered = None
         self._go_on.put(wanted)
 
 
@@ -131,7 +136,8 @@ class Lockstep:
             job = _CURRENT.job
             if job is None:
                 return forward(*args, **kwargs)
-            return job.stop_at(lambda: forward(*args, **kwargs))
+            entered = args[0] if args else kwargs.get("hidden_states")
+            return job.stop_at(lambda: forward(*args, **kwargs), entered)
 
         return gated
 
@@ -139,12 +145,14 @@ class Lockstep:
         self,
         collect: Callable[[int], Collector] | None = None,
         finished: Callable[[Job], None] = lambda job: None,
+        window: int = 0,
     ) -> None:
         """Run the layer at which all batches stand.
 
         Args:
             collect: makes the collector of a batch when it starts; None observes nothing.
             finished: called in order of batches.
+            window: batches that have started and are not yet ``finished``, at most; 0 is no limit.
         """
 
         def compute(job: Job) -> Job:
@@ -152,8 +160,13 @@ class Lockstep:
             job.compute()
             return job
 
-        for job in self._pool.map(compute, self.jobs):
-            finished(job)
+        started: deque[Future[Job]] = deque()
+        for job in self.jobs:
+            started.append(self._pool.submit(compute, job))
+            if len(started) == window:
+                finished(started.popleft().result())
+        while started:
+            finished(started.popleft().result())
 
     def advance(self, finished: Callable[[Job], None] = lambda job: None) -> None:
         """Hand the outputs on: to the next layer, or through norm and head to the end."""

@@ -34,6 +34,9 @@ UNDECORATED = {"DbrxExperts": False, "LongcatFlashExperts": False, "Llama4TextEx
 """Experts classes without transformers' experts interface, and whether they store their matrices
 transposed. All have gates and no biases; their gate and up matrices are not interleaved."""
 
+GATED_INPUTS = frozenset({"Llama4TextExperts"})
+"""Experts classes whose inputs are multiplied by the gate, and not their outputs."""
+
 FLAT_MATRICES = {
     "DbrxExperts": {"mlp.w1": ("gate", -1), "mlp.v1": ("up", -1), "mlp.w2": ("down", -2)}
 }
@@ -99,3 +102,6 @@ ONLY_WITH_OWN_CODE = {
     "deepseek_v3 (Moonlight-16B-A3B)",
 }
 """Model types that only the code in their checkpoints knows, with what to use instead."""
+
+DEPTH_REFUSED: dict[str, str] = {}
+"""Families whose layers cannot be left out, with the reason."""

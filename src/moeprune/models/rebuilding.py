@@ -212,7 +212,7 @@ def _matrices(edited: EditedExperts, tensor: DiskTensor) -> Callable[[int], Tens
 
 def mix_rows(router_CE: Tensor, rows_R: Tensor, experts: int) -> Tensor:
     """New router rows as sums of the first E old ones, in float64, as the old ones' dtype."""
-    mixed_C = torch.tensordot(router_CE.double(), rows_R[:experts].double(), dims=1)
+    mixed_C: Tensor = torch.tensordot(router_CE.double(), rows_R[:experts].double(), dims=1)
     return mixed_C.to(rows_R.dtype)
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
 from moeprune.core.plan import Plan
+from moeprune.core.residual import NAME, Residual
 from moeprune.core.shapes import LayerShape
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import CheckpointError, DataError, MoepruneError, OutputError, PlanError
@@ -81,6 +82,12 @@ class _LayerEntry:
 
 
 @dataclass(frozen=True)
+class _FileEntry:
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class _Manifest:
     """What is read from a manifest; others may add entries."""
 
@@ -89,6 +96,7 @@ class _Manifest:
     dtype: str
     collect: list[str]
     layers: dict[int, _LayerEntry]
+    residual: _FileEntry | None = None
 
 
 _MANIFEST = TypeAdapter(_Manifest)
@@ -117,12 +125,17 @@ class StatisticsStore:
         checked = store._checked
         if sorted(checked.layers) != checked.model.moe_layers:
             raise DataError(f"{path / MANIFEST} is damaged: layers are missing", _AGAIN)
-        for index, entry in checked.layers.items():
+        named: dict[str, _LayerEntry | _FileEntry] = {
+            f"of layer {index}": entry for index, entry in checked.layers.items()
+        }
+        if checked.residual is not None:
+            named["of the residual stream"] = checked.residual
+        for what, entry in named.items():
             if not is_plain_name(entry.file):
                 raise DataError(f"{path / MANIFEST} points outside its folder", _AGAIN)
             file = path / entry.file
             if not file.is_file() or sha256_file(file) != entry.sha256:
-                raise DataError(f"statistics of layer {index} in {path} are damaged", _AGAIN)
+                raise DataError(f"statistics {what} in {path} are damaged", _AGAIN)
         return store
 
     @cached_property
@@ -176,11 +189,32 @@ class StatisticsStore:
             raise damaged from error
 
 
+    def residual(self) -> Residual:
+        """The angles of the residual stream.
+
+        Raises:
+            DataError: they were not collected, or are damaged.
+        """
+        entry = self._checked.residual
+        if entry is None:
+            names = ",".join(sorted({*self._checked.collect, NAME}))
+            raise DataError(
+                f"the statistics in {self.path} do not hold {NAME!r}",
+                f"calibrate again with --collect {names}",
+            )
+        try:
+            tensors = load_file(self.path / entry.file)
+            return Residual.from_tensors(tensors, int(self.manifest["model"]["layers"]))
+        except (SafetensorError, MoepruneError, LookupError, TypeError, ValueError) as error:
+            what = f"statistics of the residual stream in {self.path} are damaged"
+            raise DataError(what, _AGAIN) from error
+
+
 @contextmanager
 def writing_statistics(
     out: Path, header: Mapping[str, Any], force: bool = False
-) -> Iterator[Callable[[LayerStatistics], None]]:
-    """Yield a function that saves one layer; the directory appears when the block succeeds.
+) -> Iterator[Callable[[LayerStatistics | Residual], None]]:
+    """Yield a function that saves what it gets; the directory appears when the block succeeds.
 
     Args:
         out: the directory.
@@ -188,9 +222,15 @@ def writing_statistics(
         force: replace an existing one.
     """
     layers: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
     with new_directory(out, force) as work:
 
-        def save_layer(statistics: LayerStatistics) -> None:
+        def save(statistics: LayerStatistics | Residual) -> None:
+            if isinstance(statistics, Residual):
+                name = f"{NAME}.safetensors"
+                save_file(dict(statistics.tensors()), work / name)
+                whole[NAME] = {"file": name, "sha256": sha256_file(work / name)}
+                return
             name = f"layer-{statistics.shape.layer:05d}.safetensors"
             save_file(statistics.to_tensors(), work / name)
             layers[str(statistics.shape.layer)] = {
@@ -200,11 +240,12 @@ def writing_statistics(
                 "shape": asdict(statistics.shape),
             }
 
-        yield save_layer
+        yield save
         manifest = {
             "format": STATISTICS_FORMAT,
             **header,
             "versions": versions(),
+            **whole,
             "layers": {key: layers[key] for key in sorted(layers, key=int)},
         }
         (work / MANIFEST).write_bytes(json_bytes(manifest))
@@ -244,12 +285,17 @@ def merge_statistics(
         "dtype": first["dtype"],
         "collect": first["collect"],
     }
-    with writing_statistics(Path(out), header, force) as save_layer:
+    with writing_statistics(Path(out), header, force) as save:
+        if NAME in first["collect"]:
+            angles = stores[0].residual()
+            for store in stores[1:]:
+                angles.merge(store.residual())
+            save(angles)
         for index in stores[0].layers:
             total = stores[0].layer(index)
             for store in stores[1:]:
                 total.merge(store.layer(index))
-            save_layer(total)
+            save(total)
     return StatisticsStore.open(Path(out))
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moeprune.core.plan import Plan
 from moeprune.errors import UnsupportedModelError
-from moeprune.files import json_bytes, new_directory, sha256_bytes
+from moeprune.files import json_bytes, load_json, new_directory, sha256_bytes
 from moeprune.models.attached import (
     check_equal_counts,
     find_attached,
@@ -25,6 +25,7 @@ from moeprune.models.byte_exact import (
 )
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_plan
+from moeprune.models.depth import Shallower
 from moeprune.models.editing import Editor, Sizes, Writing
 from moeprune.models.generated import (
     CODE_FILES,
@@ -32,10 +33,12 @@ from moeprune.models.generated import (
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.width import new_width
-from moeprune.models.writer import write_shards
+from moeprune.models.writer import Piece, write_shards
 
 PROVENANCE = "moeprune.json"
 PLAN_COPY = "moeprune_plan.json"
+PROVENANCE_FORMAT = "moeprune.checkpoint/1"
+_MAX_PROVENANCE = 1 << 24
 
 
 def apply_plan(
@@ -61,25 +64,8 @@ def apply_plan(
         UnsupportedModelError: experts of this family cannot be edited, or only with ``dequantize``.
         OutputError: ``out`` exists, or could not be written; nothing is left behind.
     """
-    model = LayeredModel(checkpoint)
-    layout = expert_layout(model)
-    check_plan(model, plan, writing.pad)
-    if writing.pad and model.quantisation.method and not writing.dequantize:
-        raise UnsupportedModelError(
-            f"{checkpoint.path} is quantised, and pads have no quantised form",
-            "leave out --pad, or add --dequantize",
-        )
-    if writing.dequantize:
-        refuse_dequantize(checkpoint, model.quantisation)
-    else:
-        refuse_changes(plan, layout, model.quantisation)
-    deletes = any(layer.unroutes for layer in plan.layers.values())
-    attached = find_attached(model, layout, writing.mtp, deletes)
-    refuse_narrow(attached, new_width(model, plan.layers))
-    editor = Editor(model, plan, layout, attached, writing)
-    check_equal_counts(editor.counts, attached)
-    pieces = editor.pieces()
-    config = editor.config()
+    editor = _editor(LayeredModel(checkpoint), plan, writing)
+    pieces, config = _written(editor)
     others = checkpoint.other_files()
     with new_directory(out, force) as work:
         write_shards(work, pieces, progress=progress)
@@ -100,11 +86,52 @@ def apply_plan(
     return sizes
 
 
+def sizes_of(model: LayeredModel, plan: Plan, writing: Writing = Writing()) -> Sizes:
+    """The sizes of the checkpoint that ``apply_plan`` would write, without writing it.
+
+    Raises:
+        MoepruneError: as ``apply_plan``, if it could not be written.
+    """
+    editor = _editor(model, plan, writing)
+    return editor.sizes(_written(editor)[0])
+
+
+def _written(editor: Editor) -> tuple[list[Piece], dict[str, Any]]:
+    """The tensors and the configuration of the new checkpoint."""
+    pieces, config = editor.pieces(), editor.config()
+    if editor.plan.drop_layers:
+        shallower = Shallower(editor.model, editor.plan.drop_layers)
+        config, pieces = shallower.config(config), shallower.pieces(pieces)
+    return pieces, config
+
+
+def _editor(model: LayeredModel, plan: Plan, writing: Writing) -> Editor:
+    """The editor of a plan, after everything has been checked that can be."""
+    checkpoint = model.checkpoint
+    layout = expert_layout(model)
+    check_plan(model, plan, writing.pad)
+    if writing.pad and model.quantisation.method and not writing.dequantize:
+        raise UnsupportedModelError(
+            f"{checkpoint.path} is quantised, and pads have no quantised form",
+            "leave out --pad, or add --dequantize",
+        )
+    if writing.dequantize:
+        refuse_dequantize(checkpoint, model.quantisation)
+    else:
+        refuse_changes(plan, layout, model.quantisation)
+    deletes = any(layer.unroutes for layer in plan.layers.values())
+    attached = find_attached(model, layout, writing.mtp, deletes)
+    refuse_narrow(attached, new_width(model, plan.layers))
+    editor = Editor(model, plan, layout, attached, writing)
+    check_equal_counts(editor.counts, attached)
+    return editor
+
+
 def _provenance(
     checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Sizes, dequantized: str | None
 ) -> Any:
-    return {
-        "format": "moeprune.checkpoint/1",
+    made = {
+        "format": PROVENANCE_FORMAT,
         "base": dict(plan.model),
         "base_fingerprint": checkpoint.fingerprint,
         "method": plan.method,
@@ -120,4 +147,33 @@ def _provenance(
         "tensor_bytes": list(sizes.bytes),
         "dequantized_from": dequantized,
         "attached": dict(sizes.attached),
+        **({"dropped_layers": list(plan.drop_layers)} if plan.drop_layers else {}),
     }
+    before = steps_of(checkpoint.path)
+    return made | ({"steps": [*before, step_of(made)]} if before else {})
+
+
+def step_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """What a later step repeats of an earlier one, in a list from the original on."""
+    keys = (
+        "base_fingerprint", "method", "options", "budget", "seed", "plan_sha256", "statistics",
+        "versions", "experts", "parameters", "nonzero_parameters", "tensor_bytes",
+    )  # fmt: skip
+    return {key: made.get(key) for key in keys}
+
+
+def steps_of(directory: Path) -> list[dict[str, Any]]:
+    """What was done to a checkpoint before, as it says itself; nothing if it does not say.
+
+    It is somebody's file: what is not of our form is left out, and never a reason to fail.
+    """
+    try:
+        found = load_json(directory / PROVENANCE, _MAX_PROVENANCE)
+    except (OSError, ValueError):
+        return []
+    if not isinstance(found, dict) or found.get("format") != PROVENANCE_FORMAT:
+        return []
+    steps = found.get("steps")
+    if isinstance(steps, list) and all(isinstance(step, dict) for step in steps):
+        return steps
+    return [step_of(found)]

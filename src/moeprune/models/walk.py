@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from moeprune.core.partial import PartialStatistics
 from moeprune.core.statistics import LayerStatistics
 from moeprune.models.loading import LayeredModel
 from moeprune.models.lockstep import Job, Lockstep
@@ -28,6 +31,8 @@ from moeprune.models.sites import MoESite
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+
+S = TypeVar("S", bound=LayerStatistics)
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all); a step is one batch through one layer."""
@@ -103,6 +108,7 @@ class Walk:
         self,
         needs: Sequence[str] = (),
         visit: Callable[[MoESite, LayerStatistics], bool] | None = None,
+        stream: Callable[[Sequence[object]], None] | None = None,
     ) -> None:
         """Run all decoder layers.
 
@@ -110,12 +116,15 @@ class Walk:
             needs: accumulators to collect in the MoE layers; none runs the model's own experts.
             visit: called for each MoE layer with its statistics, its weights in memory. If it
                 returns True it has changed them, and the layer runs again before the next one.
+            stream: gets the residual stream of all batches before every layer, and after the last.
         """
         following: Future[None] = self._loader.submit(self._load, 0)
         for index in range(len(self.model.layers)):
             following.result()
             if index + 1 < len(self.model.layers):
                 following = self._loader.submit(self._load, index + 1)
+            if stream is not None:
+                stream([job.entered for job in self._lockstep.jobs])
             site = self.model.sites.get(index)
             if site is None or not needs:
                 self._lockstep.run(finished=lambda job: self._step())
@@ -125,6 +134,8 @@ class Walk:
                     self._lockstep.run()
             if index + 1 < len(self.model.layers):
                 self._lockstep.advance()  # past the last layer only when logits are asked for
+            elif stream is not None:
+                stream([job.output for job in self._lockstep.jobs])
             self.model.free_layer(index)
             _return_memory()
 
@@ -138,21 +149,52 @@ class Walk:
         self.progress(self._steps, len(self.batches) * len(self.model.layers))
 
     def _observe(self, site: MoESite, needs: Sequence[str]) -> LayerStatistics:
-        device = self.model.device
-        total = LayerStatistics.empty(site.shape, needs, device)
+        total = self._collect(
+            site, lambda: LayerStatistics.empty(site.shape, needs, self.model.device), self._step
+        )
+        return total
+
+    def observe_parts(
+        self, site: MoESite, needs: Sequence[str], limit: int
+    ) -> Iterator[PartialStatistics]:
+        """Run the layer at which all batches stand again, for some experts at a time.
+
+        For sums that are too large for all experts: every batch in flight holds its own, and so
+        many experts are taken at a time that all of them together stay below ``limit`` bytes (one
+        expert at least). To be called from ``visit``, before weights are changed.
+        """
+        device, E = self.model.device, site.shape.experts
+        held = self._lockstep.workers + 2  # in flight, waiting to be added, and the total
+        of_one = PartialStatistics.of(site.shape, needs, (0,), "meta").nbytes
+        size = max(1, min(E, limit // max(1, of_one * held)))
+        for start in range(0, E, size):
+            chosen = tuple(range(start, min(start + size, E)))
+            yield self._collect(
+                site,
+                partial(PartialStatistics.of, site.shape, needs, chosen, device),
+                window=held - 1,
+            )
+
+    def _collect(
+        self,
+        site: MoESite,
+        empty: Callable[[], S],
+        step: Callable[[], None] = lambda: None,
+        window: int = 0,
+    ) -> S:
+        total = empty()
 
         def collect(index: int) -> Collector:
-            empty = LayerStatistics.empty(site.shape, needs, device)
-            return self.batches[index].collector(empty, device)
+            return self.batches[index].collector(empty(), self.model.device)
 
         def merge(job: Job) -> None:
             assert job.collector is not None
             total.merge(job.collector.statistics)
             job.collector = None
-            self._step()
+            step()
 
         with observed(site, total.needs_router):
-            self._lockstep.run(collect, merge)
+            self._lockstep.run(collect, merge, window)
         return total
 
     def logits(self, finished: Callable[[int, Tensor], None]) -> None:

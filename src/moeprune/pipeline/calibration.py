@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moeprune.core.accumulators import LIGHT
+from moeprune.core.accumulators import LIGHT, Routing
+from moeprune.core.residual import NAME, Residual
 from moeprune.core.statistics import LayerStatistics
 from moeprune.files import refuse_existing
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import refuse
 from moeprune.models.loading import LayeredModel
+from moeprune.models.residual import ResidualTap
 from moeprune.models.sites import MoESite
 from moeprune.models.store import StatisticsStore, writing_statistics
 from moeprune.models.walk import Walk
@@ -47,20 +49,23 @@ def calibrate(
     model = compute.open(checkpoint)
     refuse(model)
     domains = read_calibration(checkpoint, text)
+    # a walk without sums of its own sees no layer: the lightest ones say that it was there
+    needs = sorted({*collect} - {NAME}) or [Routing.name]
     header = {
         "model": describe_model(model, model_name(source)),
         "data": {**data.describe(domains), "seed": text.seed},
         "dtype": str(model.dtype).removeprefix("torch."),
-        "collect": sorted(collect),
+        "collect": sorted({*collect, *needs}),
     }
-    LayerStatistics.empty(next(iter(model.sites.values())).shape, collect)  # names are checked now
-    with writing_statistics(out, header, force) as save_layer:
+    LayerStatistics.empty(next(iter(model.sites.values())).shape, needs)  # names are checked now
+    with writing_statistics(out, header, force) as save:
 
         def visit(site: MoESite, statistics: LayerStatistics) -> bool:
-            save_layer(statistics)
+            save(statistics)
             return False
 
-        observe(model, domains, compute, sorted(collect), visit, progress, text.seed)
+        angles = save if NAME in collect else None
+        observe(model, domains, compute, needs, visit, progress, text.seed, residual=angles)
     return StatisticsStore.open(out)
 
 
@@ -72,14 +77,23 @@ def observe(
     visit: Callable[[MoESite, LayerStatistics], bool],
     progress: Progress = silent,
     seed: int = 0,
+    opened: Callable[[Walk], None] = lambda walk: None,
+    residual: Callable[[Residual], None] | None = None,
 ) -> None:
     """Walk ``model`` over ``domains`` and show ``visit`` every MoE layer with its statistics.
 
     If ``visit`` returns True it has changed the layer's weights, and the layers behind it see that.
+    ``opened`` gets the walk before it starts: ``visit`` can let it run the layer again.
+    ``residual`` gets the angles of the residual stream, which are collected for it.
     """
 
     def tell(done: int, total: int) -> None:
         progress("walking", done, total)
 
-    with Walk(model, data.batches(domains, seed), compute.workers, tell) as walk:
-        walk.layers(needs, visit)
+    batches = data.batches(domains, seed)
+    tap = None if residual is None else ResidualTap(batches)
+    with Walk(model, batches, compute.workers, tell) as walk:
+        opened(walk)
+        walk.layers(needs, visit, None if tap is None else tap.note)
+    if residual is not None and tap is not None:
+        residual(tap.result())

@@ -234,6 +234,7 @@ def logits(subject: Subject) -> Found:
             reference.dtype,
             reference.device,
             lambda done, total: subject.progress("comparing logits", done, total),
+            () if reference.shallower is None else reference.shallower.dropped,
         )
     except (MoepruneError, RuntimeError, ValueError, IndexError) as error:
         problem = f"it cannot be run: {str(error).splitlines()[0][:160]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moeprune.errors import DataError, MoepruneError
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.depth import pass_through
 from moeprune.models.data import demo_text, load_tokenizer, token_keys, tokenise
 from moeprune.models.native import text_config
 from moeprune.models.restrict import AlignedModel, RestrictedModel, Restriction
@@ -33,6 +34,7 @@ def compare_logits(
     dtype: str = "float32",
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    skipped: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Walk both models over a few short sequences, layer by layer.
 
@@ -43,6 +45,7 @@ def compare_logits(
         dtype: to compute in, one of ``TOLERANCE``.
         device: to compute on.
         progress: told (steps done, steps in all).
+        skipped: layers of the original that are left out.
 
     Raises:
         MoepruneError: a model cannot be run, or the two have different vocabularies.
@@ -57,11 +60,13 @@ def compare_logits(
     ids_BL, kind = _token_ids(original, sizes[0])
     batch = Batch(ids_BL, token_keys(ids_BL))
     steps = len(first.layers)
+    for index in skipped:
+        pass_through(first.layers[index])
     outputs = []
     for number, model in enumerate((first, second)):
 
         def tell(done: int, _: int, offset: int = number * steps) -> None:
-            progress(offset + done, 2 * steps)
+            progress(offset + done, steps + len(second.layers))
 
         with Walk(model, [batch], progress=tell) as walk:
             walk.layers()

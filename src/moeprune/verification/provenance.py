@@ -38,6 +38,14 @@ def record(subject: Subject) -> Found:
     elif sha256_bytes(plan.read_bytes()) != found.get("plan_sha256"):
         problem = f"it is not the plan that {PROVENANCE} names: their SHA-256 differ"
         yield Finding("provenance", ERROR, PLAN_COPY, None, problem, _AGAIN)
+    steps = found.get("steps")
+    if steps is not None and (
+        not isinstance(steps, list)
+        or [step.get("plan_sha256") if isinstance(step, dict) else None for step in steps[-1:]]
+        != [found.get("plan_sha256")]
+    ):
+        problem = "the last of its steps is not the plan that it names"
+        yield Finding("provenance", ERROR, PROVENANCE, None, problem, _AGAIN)
     subject.require_all()
     stored = {"tensor_bytes": sum(info.nbytes for info in subject.tensors.values())}
     if subject.quantised is None:  # otherwise a value on disk may be half a weight, or a scale

@@ -14,6 +14,7 @@ from moeprune.core.shapes import ROLES
 from moeprune.errors import PlanError
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.counts import Slots, padded_slots
+from moeprune.models.depth import Shallower
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.restrict import Restriction
@@ -123,6 +124,19 @@ class Reference:
                 raise PlanError(f"layer {index} of the plan is no layer of {self.checkpoint.path}")
         return whole | found
 
+    @cached_property
+    def shallower(self) -> Shallower | None:
+        """The original without the layers that the plan drops; None if it drops none."""
+        file = self.plan_file
+        data = read_json(file / "plan.json" if file.is_dir() else file) if file else None
+        dropped = data.get("drop_layers") if isinstance(data, dict) else None
+        if not dropped:
+            return None
+        known = range(len(self.model.layers))
+        if not isinstance(dropped, list) or not all(type(i) is int and i in known for i in dropped):
+            raise PlanError("the plan drops layers that the original does not have")
+        return Shallower(self.model, tuple(dropped))
+
     # --- without a plan
 
     def _recognise(self, layer: int) -> Edit:
@@ -195,9 +209,21 @@ class Reference:
 
     def sources(self) -> Iterator[tuple[str, Source]]:
         """(name in the checkpoint, where it comes from) of every tensor that must be there."""
+        for key, source in self._sources():
+            name = self._moved(key)
+            if name is not None:
+                yield name, source
+
+    def _moved(self, key: str) -> str | None:
+        """A tensor's name after layers were dropped; None if it is gone."""
+        return key if self.shallower is None else self.shallower.renamed(key)
+
+    def _sources(self) -> Iterator[tuple[str, Source]]:
+        """The same, by the name before layers are dropped."""
         without_heads = not any(self.subject.attached(key) for key in self.subject.tensors)
         for key, info in self.checkpoint.tensors.items():
-            head = self.subject.attached(key) and key not in self.layout
+            moved = self._moved(key)
+            head = moved is not None and self.subject.attached(moved) and key not in self.layout
             if head and without_heads:
                 continue  # left out: the rule 'attached-heads' knows whether config.json says so
             tensor = self._head_tensor(key) if head else self.layout.get(key)
@@ -244,6 +270,8 @@ class Reference:
         if edit.replaced:
             return tuple(range(edit.experts))
         keep, shape = edit.keep, self.model.sites[layer].shape
+        if self.shallower is not None:
+            return keep  # such a plan edits no experts
         stored = self.subject.experts(layer)
         if stored <= len(keep) or not self.subject.pads(layer):
             return keep

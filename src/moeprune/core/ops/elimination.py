@@ -11,7 +11,7 @@ Axis letters: E experts, S survivors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -32,12 +32,20 @@ class Removal:
     similarity: float
 
 
-def closest_pair_order(similarity_EE: ArrayLike, floor: int = 1, groups: int = 1) -> list[Removal]:
+def closest_pair_order(
+    similarity_EE: ArrayLike,
+    floor: int = 1,
+    groups: int = 1,
+    pinned: Collection[int] = (),
+    forbidden: Collection[int] = (),
+) -> list[Removal]:
     """Return the removals, in order, that leave ``floor`` experts.
 
     With ``groups`` > 1 (consecutive runs of equal length) ``floor / groups`` remain in each:
     once a group has come down to that, its experts stay; of a pair with one of them the other goes,
-    and pairs of two such experts are passed over.  That rule is ours; the source has no groups.
+    and pairs of two such experts are passed over.  ``pinned`` experts stay by the same rule.
+    ``forbidden`` ones are gone before the first step and are no removals.  These rules are ours;
+    the source has neither groups nor exceptions.
 
     Each step takes the largest entry (a, b) with a != b of the matrix of the survivors, the first
     in row-major order among equal ones, so a < b.  With c the row means of that same matrix, a is
@@ -48,7 +56,8 @@ def closest_pair_order(similarity_EE: ArrayLike, floor: int = 1, groups: int = 1
     it makes no difference whether a zero diagonal is averaged in (the authors do), and rows with
     the same entries in another order tie, as duplicates of an expert must.
 
-    Shape: ``similarity_EE`` [E, E], symmetric.  The list has max(0, E - floor) entries.
+    Shape: ``similarity_EE`` [E, E], symmetric.  The list has max(0, E - floor) entries, less those
+    of forbidden experts, and ends before that when all who are left are pinned.
 
     Raises ValueError if the matrix is not square, symmetric and finite, if floor < 1, or if E or
     floor is not a multiple of ``groups``.
@@ -58,13 +67,18 @@ def closest_pair_order(similarity_EE: ArrayLike, floor: int = 1, groups: int = 1
         raise ValueError(f"floor must be at least 1, got {floor}")
     if len(matrix_EE) % groups or floor % groups:
         raise ValueError(f"{len(matrix_EE)} experts, {floor} to keep: not multiples of {groups}")
-    alive = np.arange(len(matrix_EE))
-    group_E = alive * groups // max(1, len(matrix_EE))
+    everyone = np.arange(len(matrix_EE))
+    group_E = everyone * groups // max(1, len(matrix_EE))
+    pinned_E = np.isin(everyone, list(pinned))
+    alive = everyone[~np.isin(everyone, list(forbidden))]
     order: list[Removal] = []
     while len(alive) > floor:
         current_SS = matrix_EE[np.ix_(alive, alive)]
         group_S = group_E[alive]
         stays_S = np.bincount(group_S, minlength=groups)[group_S] <= floor // groups
+        stays_S |= pinned_E[alive]
+        if stays_S.all():
+            break
         a, b = _closest_pair(np.where(stays_S[:, None] & stays_S, -np.inf, current_SS))
         a_is_central = math.fsum(current_SS[a]) > math.fsum(current_SS[b])
         gone, kept = (a, b) if (a_is_central and not stays_S[a]) or stays_S[b] else (b, a)

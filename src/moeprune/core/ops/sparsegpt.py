@@ -42,7 +42,7 @@ def inverse_factor(gram_II: Tensor, damping: float = DAMPING) -> Tensor:
         if int(failed):
             continue
         one_II = torch.eye(len(gram_II), dtype=dtype, device=gram_II.device)
-        upper_II = torch.linalg.solve_triangular(factor_II.flip(0, 1), one_II, upper=True)
+        upper_II: Tensor = torch.linalg.solve_triangular(factor_II.flip(0, 1), one_II, upper=True)
         if bool(upper_II.isfinite().all()):
             return upper_II
     raise ValueError("the inputs' Gram matrix is not positive semidefinite")
