@@ -24,6 +24,7 @@ _HOME = {
     "Budget": "moeprune.core.budget",
     "Compute": "moeprune.pipeline.inputs",
     "Constraints": "moeprune.core.constraints",
+    "Grid": "moeprune.pipeline.arena.run",
     "LayerPlan": "moeprune.core.plan",
     "MaskEdit": "moeprune.core.plan",
     "Method": "moeprune.core.method",
@@ -34,14 +35,17 @@ _HOME = {
     "Writing": "moeprune.models.editing",
     "apply": "moeprune.pipeline.stages",
     "calibrate": "moeprune.pipeline.calibration",
+    "compare": "moeprune.pipeline.arena.run",
     "evaluate": "moeprune.pipeline.stages",
     "inspect": "moeprune.pipeline.inspection",
     "load": "moeprune.models.runtime",
     "merge_statistics": "moeprune.models.store",
     "plan": "moeprune.pipeline.planning",
+    "plan_diff": "moeprune.pipeline.comparison",
     "prune": "moeprune.pipeline.stages",
     "read_plan": "moeprune.models.store",
     "register": "moeprune.core.method",
+    "run": "moeprune.pipeline.recipes.run",
     "skip_experts": "moeprune.models.skip_experts",
     "verify": "moeprune.pipeline.verification",
     "write_plan": "moeprune.models.store",
@@ -51,6 +55,7 @@ __all__ = [
     "Budget",
     "Compute",
     "Constraints",
+    "Grid",
     "LayerPlan",
     "MaskEdit",
     "Method",
@@ -62,14 +67,17 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "compare",
     "evaluate",
     "inspect",
     "load",
     "merge_statistics",
     "plan",
+    "plan_diff",
     "prune",
     "read_plan",
     "register",
+    "run",
     "skip_experts",
     "verify",
     "write_plan",
@@ -86,10 +94,13 @@ if TYPE_CHECKING:
     from moeprune.models.runtime import load
     from moeprune.models.skip_experts import skip_experts
     from moeprune.models.store import merge_statistics, read_plan, write_plan
+    from moeprune.pipeline.arena.run import Grid, compare
     from moeprune.pipeline.calibration import calibrate
+    from moeprune.pipeline.comparison import plan_diff
     from moeprune.pipeline.inputs import Compute, Text
     from moeprune.pipeline.inspection import inspect
     from moeprune.pipeline.planning import plan
+    from moeprune.pipeline.recipes.run import run
     from moeprune.pipeline.stages import apply, evaluate, prune
     from moeprune.pipeline.verification import verify
 

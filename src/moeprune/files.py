@@ -64,7 +64,8 @@ def _refuse_parent(path: Path) -> None:
 
 
 def _looks_like_ours(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("moeprune.json", "manifest.json", "demo.json"))
+    names = ("moeprune.json", "manifest.json", "demo.json", "compare.json")
+    return any((path / name).is_file() for name in names)
 
 
 def _fsync(path: Path) -> None:

@@ -9,8 +9,11 @@ import typer
 
 from moeprune import __version__
 from moeprune.cli import output
+from moeprune.cli.compare import compare
 from moeprune.cli.demo import demo
 from moeprune.cli.listings import inspect, methods, models
+from moeprune.cli.plan_diff import plan_diff
+from moeprune.cli.run import run
 from moeprune.cli.stages import apply, calibrate, evaluate, merge, plan, prune
 from moeprune.cli.verify import verify
 from moeprune.errors import MoepruneError
@@ -32,9 +35,12 @@ for command in (
     calibrate,
     merge,
     plan,
+    plan_diff,
     apply,
     prune,
     evaluate,
+    compare,
+    run,
     verify,
     models,
     methods,

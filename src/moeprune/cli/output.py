@@ -24,7 +24,7 @@ from rich.table import Table
 
 ERR = Console(stderr=True, highlight=False)
 OUT = Console(highlight=False)
-_TABLE_WIDTH = 132
+_TABLE_WIDTH, _WIDEST = 132, 240
 
 
 def print_json(value: Any) -> None:
@@ -107,7 +107,11 @@ def print_rows(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     for row in rows:
         table.add_row(*row.values())
     # a table is read whole or not at all: rather wide lines than columns of dots
-    Console(highlight=False, width=max(OUT.width, _TABLE_WIDTH)).print(table)
+    needed = sum(
+        max(len(text) for text in (key, *(row[key] for row in rows))) + 3 for key in rows[0]
+    )
+    width = min(needed, _WIDEST) if needed > _TABLE_WIDTH else _TABLE_WIDTH
+    Console(highlight=False, width=max(OUT.width, width)).print(table)
 
 
 def run_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

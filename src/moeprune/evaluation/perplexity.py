@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from moeprune.models.walk import Batch, Walk, default_workers
 
 _LOGITS_PER_BATCH = 1 << 25  # values, of one model
 _TOKENS_PER_BATCH = 4096
+_POSITIONS = 64  # whose logits are compared at once
 
 
 @dataclass
@@ -171,21 +172,54 @@ def _score(
     index: int, ids_BL: Tensor, walks: Mapping[str, Walk], teacher: str | None
 ) -> dict[str, DomainScore]:
     """All models on one batch."""
-    reference: Tensor | None = None
+    reference: _Reference | None = None
     scores = {}
     names = sorted(walks, key=lambda name: name != teacher)  # the teacher first
     for name in names:
-        logits_BLV = walks[name].logits_of(index)[:, :-1].float()
-        logp_BLV = torch.log_softmax(logits_BLV, dim=-1)
-        target_BL1 = ids_BL[:, 1:, None].to(logp_BLV.device)
-        score = DomainScore(
-            target_BL1.numel(), -float(logp_BLV.gather(-1, target_BL1).double().sum())
-        )
+        logits_BLV = walks[name].logits_of(index)[:, :-1]
         if name == teacher:
-            reference = logp_BLV
-        elif reference is not None:
-            gap_BLV = reference - logp_BLV
-            score.kl = float((gap_BLV.mul_(reference.exp())).sum(dim=-1).double().sum())
-            score.agree = int((reference.argmax(-1) == logp_BLV.argmax(-1)).sum())
+            reference = _Reference.of(logits_BLV)
+        score = DomainScore(ids_BL[:, 1:].numel())
+        for at, logp_nV in _log_softmax(logits_BLV):
+            target_n1 = ids_BL[at[0], 1:][at[1], None].to(logp_nV.device)
+            score.nll -= float(logp_nV.gather(-1, target_n1).double().sum())
+            if reference is not None and name != teacher:
+                reference.compare(at, logp_nV, score)
         scores[name] = score
     return scores
+
+
+_At = tuple[int, slice]
+"""A sequence of a batch, and some of its positions."""
+
+
+def _log_softmax(logits_BLV: Tensor) -> Iterator[tuple[_At, Tensor]]:
+    """Log-probabilities a few positions at a time: what stays in the cache is ten times faster."""
+    for row, logits_LV in enumerate(logits_BLV):
+        for start in range(0, len(logits_LV), _POSITIONS):
+            part = slice(start, start + _POSITIONS)
+            yield (row, part), torch.log_softmax(logits_LV[part].float(), dim=-1)
+
+
+@dataclass
+class _Reference:
+    """What the teacher says of one batch."""
+
+    logp_BLV: Tensor
+    p_BLV: Tensor
+    best_BL: Tensor
+
+    @classmethod
+    def of(cls, logits_BLV: Tensor) -> _Reference:
+        """Its log-probabilities, probabilities and first choices."""
+        logp_BLV = torch.empty_like(logits_BLV, dtype=torch.float32)
+        for at, logp_nV in _log_softmax(logits_BLV):
+            logp_BLV[at] = logp_nV
+        return cls(logp_BLV, logp_BLV.exp(), logp_BLV.argmax(-1))
+
+    def compare(self, at: _At, logp_nV: Tensor, score: DomainScore) -> None:
+        """Add KL(teacher || student) and agreement at some positions."""
+        gap_nV = self.logp_BLV[at] - logp_nV
+        kl_n = torch.linalg.vecdot(self.p_BLV[at], gap_nV)
+        score.kl = (score.kl or 0.0) + float(kl_n.double().sum())
+        score.agree = (score.agree or 0) + int((self.best_BL[at] == logp_nV.argmax(-1)).sum())

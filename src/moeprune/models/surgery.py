@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moeprune.core.plan import Plan
 from moeprune.errors import UnsupportedModelError
-from moeprune.files import json_bytes, new_directory, sha256_bytes
+from moeprune.files import json_bytes, load_json, new_directory, sha256_bytes
 from moeprune.models.attached import (
     check_equal_counts,
     find_attached,
@@ -37,6 +37,8 @@ from moeprune.models.writer import Piece, write_shards
 
 PROVENANCE = "moeprune.json"
 PLAN_COPY = "moeprune_plan.json"
+PROVENANCE_FORMAT = "moeprune.checkpoint/1"
+_MAX_PROVENANCE = 1 << 24
 
 
 def apply_plan(
@@ -94,6 +96,15 @@ def sizes_of(model: LayeredModel, plan: Plan, writing: Writing = Writing()) -> S
     return editor.sizes(_written(editor)[0])
 
 
+def pieces_of(model: LayeredModel, plan: Plan, writing: Writing = Writing()) -> list[Piece]:
+    """The tensors that ``apply_plan`` would write; each is made when it is read.
+
+    Raises:
+        MoepruneError: as ``apply_plan``, if they could not be written.
+    """
+    return _written(_editor(model, plan, writing))[0]
+
+
 def _written(editor: Editor) -> tuple[list[Piece], dict[str, Any]]:
     """The tensors and the configuration of the new checkpoint."""
     pieces, config = editor.pieces(), editor.config()
@@ -128,8 +139,8 @@ def _editor(model: LayeredModel, plan: Plan, writing: Writing) -> Editor:
 def _provenance(
     checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Sizes, dequantized: str | None
 ) -> Any:
-    return {
-        "format": "moeprune.checkpoint/1",
+    made = {
+        "format": PROVENANCE_FORMAT,
         "base": dict(plan.model),
         "base_fingerprint": checkpoint.fingerprint,
         "method": plan.method,
@@ -147,3 +158,31 @@ def _provenance(
         "attached": dict(sizes.attached),
         **({"dropped_layers": list(plan.drop_layers)} if plan.drop_layers else {}),
     }
+    before = steps_of(checkpoint.path)
+    return made | ({"steps": [*before, step_of(made)]} if before else {})
+
+
+def step_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """What a later step repeats of an earlier one, in a list from the original on."""
+    keys = (
+        "base_fingerprint", "method", "options", "budget", "seed", "plan_sha256", "statistics",
+        "versions", "experts", "parameters", "nonzero_parameters", "tensor_bytes",
+    )  # fmt: skip
+    return {key: made.get(key) for key in keys}
+
+
+def steps_of(directory: Path) -> list[dict[str, Any]]:
+    """What was done to a checkpoint before, as it says itself; nothing if it does not say.
+
+    It is somebody's file: what is not of our form is left out, and never a reason to fail.
+    """
+    try:
+        found = load_json(directory / PROVENANCE, _MAX_PROVENANCE)
+    except (OSError, ValueError):
+        return []
+    if not isinstance(found, dict) or found.get("format") != PROVENANCE_FORMAT:
+        return []
+    steps = found.get("steps")
+    if isinstance(steps, list) and all(isinstance(step, dict) for step in steps):
+        return steps
+    return [step_of(found)]

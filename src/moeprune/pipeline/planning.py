@@ -56,6 +56,7 @@ def plan(
     uniform: bool = False,
     constraints: Constraints = Constraints(),
     writing: Writing = Writing(),
+    memo: dict[Any, Any] | None = None,
 ) -> Plan:
     """Decide what happens to every expert.
 
@@ -63,6 +64,8 @@ def plan(
     the next is observed (``sequential``) walks the model over ``text`` instead. With ``uniform``
     every layer keeps the same number, the mean of what the method would keep, rounded up. A
     ``Target`` is met by the least removal whose checkpoint, written as ``writing`` says, fits.
+    Calls that differ in budget and seed alone may share a ``memo``: what a method found for one
+    budget it need not find again.
 
     Raises:
         MoepruneError: anything the user can mend.
@@ -98,6 +101,7 @@ def plan(
         Budget(ratio=0.0),
         seed,
         progress=lambda done, total, what: progress(what, done, total),
+        memo={} if memo is None else memo,
         store=WeightsFolder(model.dtype).store,
         pinned=fixed.staying,
         forbidden=fixed.forbidden,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +12,14 @@ from moeprune.core.constraints import Constraints
 from moeprune.core.method import Method, make_method
 from moeprune.core.plan import Plan
 from moeprune.core.targets import Target
-from moeprune.errors import OutputError
 from moeprune.evaluation.perplexity import evaluate as evaluate_models
 from moeprune.files import refuse_existing
 from moeprune.models import data
-from moeprune.models.byte_exact import refuse_method
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Sizes, Writing
 from moeprune.models.store import read_plan
 from moeprune.models.store import write_plan as save_plan
 from moeprune.models.surgery import apply_plan
-from moeprune.pipeline.asking import PROTECTION_NEEDS, accept
 from moeprune.pipeline.calibration import calibrate
 from moeprune.pipeline.inputs import (
     Compute,
@@ -37,8 +31,8 @@ from moeprune.pipeline.inputs import (
     silent,
 )
 from moeprune.pipeline.inspection import inspect
-from moeprune.pipeline.measure import peak_memory, reset_peak_memory
 from moeprune.pipeline.planning import plan
+from moeprune.pipeline.steps import Step, Steps, refuse_source
 
 __all__ = [
     "Compute",
@@ -77,7 +71,7 @@ def apply(
     out = Path(out)
     refuse_existing(out, force)
     checkpoint = Checkpoint.open(source, trust_remote_code)
-    _refuse_source(checkpoint, out)
+    refuse_source(checkpoint, out)
     chosen = plan_or_path if isinstance(plan_or_path, Plan) else read_plan(Path(plan_or_path))
     return apply_plan(
         checkpoint,
@@ -87,14 +81,6 @@ def apply(
         lambda done, total: progress("writing", done, total),
         writing,
     )
-
-
-def _refuse_source(checkpoint: Checkpoint, out: Path) -> None:
-    """Replacing an output must not delete the model that is read."""
-    if checkpoint.path.is_relative_to(out.resolve()):
-        raise OutputError(
-            f"the output {out} is the model itself, or holds it", "choose another --out"
-        )
 
 
 @dataclass(frozen=True)
@@ -130,53 +116,27 @@ def prune(  # noqa: PLR0913  (what calibrate, plan and apply take, together)
     writing: Writing = Writing(),
     constraints: Constraints = Constraints(),
 ) -> Pruned:
-    """calibrate + plan + apply. The plan is kept in the new checkpoint as well.
+    """calibrate + plan + apply, a recipe of one step. The plan is kept in the checkpoint as well.
 
     ``dequantize`` is as for ``apply``.
 
     Raises:
         MoepruneError: anything the user can mend; nothing is left behind.
     """
-    refuse_existing(Path(out), force)
     chosen = method if isinstance(method, Method) else make_method(method, options)
-    accept(chosen, budget, constraints)
-    checkpoint = Checkpoint.open(source)
-    _refuse_source(checkpoint, Path(out))
-    refuse_method(checkpoint, chosen.changes, writing.dequantize)
-    reset_peak_memory()
-    seconds: dict[str, float] = {}
-    work = Path(tempfile.mkdtemp(prefix="moeprune-"))
-    try:
-        start = time.perf_counter()
-        needs = {*chosen.needs, *([PROTECTION_NEEDS] if constraints.protect_super else [])}
-        if needs and not chosen.sequential and statistics is None:
-            statistics = work / "statistics"
-            seeded = replace(text, seed=seed)
-            calibrate(source, statistics, seeded, sorted(needs), compute, progress=progress)
-            seconds["calibrate"] = time.perf_counter() - start
-        start = time.perf_counter()
-        made = plan(
-            source,
-            chosen,
-            budget,
-            statistics,
-            replace(text, seed=seed),
-            None,
-            compute,
-            seed,
-            progress,
-            uniform,
-            constraints,
-            writing,
-        )
-        seconds["plan"] = time.perf_counter() - start
-        start = time.perf_counter()
-        trust = compute.trust_remote_code
-        sizes = apply(source, made, out, force, progress, writing, trust)
-        seconds["apply"] = time.perf_counter() - start
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return Pruned(made, sizes, seconds, peak_memory())
+    steps = Steps(
+        source,
+        [Step(chosen, budget, uniform, seed=seed, constraints=constraints)],
+        Path(out),
+        replace(text, seed=seed),
+        None if statistics is None else Path(statistics),
+        compute,
+        writing,
+        progress,
+        force,
+    )
+    (done,) = steps.run()
+    return Pruned(done.plan, done.sizes, done.seconds, steps.peak)
 
 
 def evaluate(

@@ -12,10 +12,10 @@ WIDTH, HEIGHT = 760.0, 380.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 24.0, 18.0, 50.0
 RADIUS = 4.5
 
-_LETTER = 6.7  # mean advance of a 12 px system font, rounded up
-_LINE = 14.0
+LETTER = 6.7  # mean advance of a 12 px system font, rounded up
+LINE = 14.0
 _LONGEST = 30
-_Box = tuple[float, float, float, float]
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,12 @@ def _round_factors() -> Iterator[float]:
 def _labelled(samples: Sequence[Sample], marks: Sequence[tuple[float, float]]) -> tuple[Point, ...]:
     """Place labels one after another where they cover neither a mark nor an earlier label."""
     reach = RADIUS + 2
-    taken: list[_Box] = [(x - reach, y - reach, x + reach, y + reach) for x, y in marks]
+    taken: list[Box] = [(x - reach, y - reach, x + reach, y + reach) for x, y in marks]
     points = []
     for own, (sample, (x, y)) in enumerate(zip(samples, marks, strict=True)):
         name = sample.name if len(sample.name) <= _LONGEST else sample.name[: _LONGEST - 1] + "…"
-        label_x, label_y, anchor, box = _free_place(
-            x, y, _LETTER * len(name), [b for i, b in enumerate(taken) if i != own]
+        label_x, label_y, anchor, box = free_place(
+            x, y, LETTER * len(name), [b for i, b in enumerate(taken) if i != own]
         )
         taken.append(box)
         points.append(
@@ -149,7 +149,7 @@ def _labelled(samples: Sequence[Sample], marks: Sequence[tuple[float, float]]) -
                 label_x=label_x,
                 label_y=label_y,
                 anchor=anchor,
-                leader=abs(label_y - 4 - y) > _LINE + 4,
+                leader=abs(label_y - 4 - y) > LINE + 4,
                 tip=f"{sample.name}: {wording.size(sample.bytes)}, {wording.times(sample.ratio)}",
                 pruned=sample.pruned,
             )
@@ -157,14 +157,33 @@ def _labelled(samples: Sequence[Sample], marks: Sequence[tuple[float, float]]) -
     return tuple(points)
 
 
-def _free_place(
-    x: float, y: float, width: float, taken: Sequence[_Box]
-) -> tuple[float, float, str, _Box]:
-    """Text position, anchor and covered box of the first free place; the first place if none is."""
+_FRAME = (LEFT + 2, 0.0, WIDTH, HEIGHT - BOTTOM)
+
+
+def free_place(
+    x: float,
+    y: float,
+    width: float,
+    taken: Sequence[Box],
+    frame: Box = _FRAME,
+    lines: Sequence[int] = (0, -1, 1, -2, 2, -3, 3, -4, 4),
+    anchors: Sequence[str] = ("start", "end", "middle"),
+) -> tuple[float, float, str, Box]:
+    """Text position, anchor and covered box of the first free place; the first place if none is.
+
+    Args:
+        x, y: the mark.
+        width: of the text.
+        taken: boxes that must not be covered.
+        frame: the text stays inside.
+        lines: how many lines below the mark to try, in this order.
+        anchors: on which side of the mark to try, in this order.
+    """
     places = []
-    for line in (0, -1, 1, -2, 2, -3, 3, -4, 4):
-        base = y + 4 + line * _LINE
-        for anchor, at in (("start", x + 9), ("end", x - 9), ("middle", x)):
+    for line in lines:
+        base = y + 4 + line * LINE
+        for anchor in anchors:
+            at = {"start": x + 9, "end": x - 9, "middle": x}[anchor]
             if anchor == "middle" and line == 0:
                 continue
             start = {"start": at, "end": at - width, "middle": at - width / 2}[anchor]
@@ -172,7 +191,7 @@ def _free_place(
             places.append((at, base, anchor, box))
     for place in places:
         left, top, right, bottom = place[3]
-        inside = left >= LEFT + 2 and right <= WIDTH and top >= 0 and bottom <= HEIGHT - BOTTOM
+        inside = left >= frame[0] and top >= frame[1] and right <= frame[2] and bottom <= frame[3]
         if inside and not any(
             left < b[2] and b[0] < right and top < b[3] and b[1] < bottom for b in taken
         ):

@@ -1,0 +1,1 @@
+"""Many methods on one calibration, measured alike: what ``moeprune compare`` does."""

@@ -1,0 +1,143 @@
+"""The directory of a comparison: what is finished stays finished, whatever happens in between.
+
+``compare.json`` is written anew, under a temporary name, after every step; plans and statistics
+stand beside it. A second run in the same directory goes on where the first one stopped, and is
+refused if anything that decides numbers has changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moeprune.errors import MoepruneError, OutputError
+from moeprune.files import json_bytes, load_json, refuse_existing, write_together
+
+FORMAT = "moeprune.compare/1"
+RESULT = "compare.json"
+PAGE = "compare.html"
+PICTURE = "pareto.svg"
+PLANS, STATISTICS, CHECKPOINTS, WORK = "plans", "statistics", "checkpoints", ".work"
+_MAX = 1 << 28
+_OTHER = "choose another --out, or start afresh with --force"
+
+
+@dataclass
+class Run:
+    """A comparison on disk.
+
+    Attributes:
+        path: its directory.
+        identity: what must not change between two runs in it, by name.
+        cells: by key, what is known of every cell that was begun.
+        facts: everything else, as it stands in the file.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """For checkpoints that are deleted again."""
+        return self.path / WORK
+
+    def plan_file(self, slug: str) -> Path:
+        """Where a cell's plan stands."""
+        return self.path / PLANS / f"{slug}.json"
+
+    def save(self, key: str | None = None, cell: dict[str, Any] | None = None) -> None:
+        """Write what is known, with ``cell`` among it; on the disk when this returns."""
+        if key is not None and cell is not None:
+            self.cells[key] = cell
+        write_together({self.path / RESULT: json_bytes(self.result())}, force=True)
+
+    def result(self) -> dict[str, Any]:
+        """What stands in the file."""
+        return {"format": FORMAT, **self.facts, "identity": self.identity, "cells": self.cells}
+
+
+@contextmanager
+def open_run(out: Path, identity: Mapping[str, Any], force: bool = False) -> Iterator[Run]:
+    """A new comparison in ``out``, or the one that stands there.
+
+    Raises:
+        OutputError: ``out`` holds something else, another process works in it, or it was made from
+            other inputs; the message says which.
+    """
+    if force and out.exists():
+        refuse_existing(out, force)
+        _clear(out)
+    file = out / RESULT
+    if not file.is_file():
+        if out.exists() and (not out.is_dir() or _foreign(out)):
+            raise OutputError(f"output exists, and is no comparison: {out}", "choose another --out")
+        refuse_existing(out, force=out.is_dir())
+    found = _read(file, identity) if file.is_file() else Run(out, dict(identity))
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        shutil.rmtree(found.work, ignore_errors=True)
+        try:
+            yield found
+        finally:
+            shutil.rmtree(found.work, ignore_errors=True)
+
+
+def _foreign(out: Path) -> bool:
+    """Whether a directory holds more than an interrupted beginning of ours."""
+    return any(entry.name not in (STATISTICS, WORK, ".lock") for entry in out.iterdir())
+
+
+def _clear(out: Path) -> None:
+    """Take away what a comparison writes, and nothing else."""
+    for name in (PLANS, STATISTICS, CHECKPOINTS, WORK):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (PAGE, PICTURE, RESULT):
+        (out / name).unlink(missing_ok=True)
+
+
+def _read(file: Path, identity: Mapping[str, Any]) -> Run:
+    try:
+        data = load_json(file, _MAX)
+    except ValueError as error:
+        raise OutputError(f"{file} is damaged: {error}", _OTHER) from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise OutputError(f"{file} is not of format {FORMAT}", _OTHER)
+    before, cells = data.pop("identity", None), data.pop("cells", None)
+    if not isinstance(before, dict) or not isinstance(cells, dict):
+        raise OutputError(f"{file} is damaged: it says nothing of its inputs", _OTHER)
+    refuse_difference(file.parent, before, identity)
+    data.pop("format")
+    return Run(file.parent, {**before, **identity}, cells, data)
+
+
+def refuse_difference(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ``OutputError`` unless all that both name is the same."""
+    for name in before:
+        if name in now and before[name] != now[name]:
+            raise OutputError(
+                f"{out} was made with other inputs: {name} was {before[name]}, now {now[name]}",
+                _OTHER,
+            )
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the directory: two processes in it would spoil each other's cells."""
+    handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise MoepruneError(f"another process is comparing in {out}", "wait for it") from error
+        yield
+    finally:
+        os.close(handle)
+        (out / ".lock").unlink(missing_ok=True)

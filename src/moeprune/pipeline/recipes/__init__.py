@@ -1,0 +1,1 @@
+"""Several steps in a row, described in YAML: what ``moeprune run`` does."""

@@ -1,0 +1,106 @@
+"""``moeprune run``: a recipe from its file to the last checkpoint, and what it says of itself."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moeprune.errors import MoepruneError
+from moeprune.files import json_bytes, sha256_bytes, sha256_file
+from moeprune.models.store import versions
+from moeprune.pipeline.inputs import Progress, Source, model_name, silent
+from moeprune.pipeline.recipes.schema import Loaded, load_recipe
+from moeprune.pipeline.stages import evaluate
+from moeprune.pipeline.steps import StepDone, Steps
+
+RESULT_FORMAT = "moeprune.recipe-run/1"
+
+
+def run(
+    recipe: Source,
+    out: Source | None = None,
+    force: bool = False,
+    keep: Source | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Do what a recipe says.
+
+    Args:
+        recipe: a YAML file; docs/recipes.md says what stands in it.
+        out: the new checkpoint; by default where the recipe says, relative to it.
+        force: replace an existing output.
+        keep: a new directory for the checkpoints between the steps, which are deleted otherwise.
+        trust_remote_code: run Python files that the model brings.
+        progress: as in the stages.
+
+    Returns:
+        ``moeprune.recipe-run/1``: the steps with their plans' hashes, and the measurements.
+
+    Raises:
+        MoepruneError: anything the user can mend, with the line of the recipe; nothing is left.
+    """
+    loaded = load_recipe(Path(recipe))
+    begin = time.perf_counter()
+    target = _target(loaded, out)
+    compute = loaded.compute()
+    if trust_remote_code:
+        compute = type(compute)(**{**asdict(compute), "trust_remote_code": True})
+    steps = Steps(
+        loaded.model(),
+        loaded.steps(),
+        target,
+        loaded.text(),
+        None,
+        compute,
+        loaded.writing(),
+        progress,
+        force,
+        None if keep is None else Path(keep),
+    )
+    done = steps.run()
+    heldout = loaded.heldout()
+    measured = None
+    if heldout is not None:
+        measured = evaluate(target, loaded.model(), heldout, compute, progress)
+    return {
+        "format": RESULT_FORMAT,
+        "recipe": {"file": loaded.path.name, "sha256": sha256_file(loaded.path)},
+        "about": loaded.recipe.about,
+        "model": model_name(loaded.model()),
+        "path": str(target),
+        "steps": [_described(step) for step in done],
+        "evaluation": measured,
+        "peak_memory_bytes": steps.peak,
+        "seconds": round(time.perf_counter() - begin, 2),
+        "versions": versions(),
+    }
+
+
+def _target(loaded: Loaded, out: Source | None) -> Path:
+    if out is not None:
+        return Path(out)
+    if loaded.recipe.out is None:
+        raise MoepruneError(f"{loaded.path} names no output", "give --out DIR")
+    return loaded.path.parent / loaded.recipe.out
+
+
+def _described(step: StepDone) -> dict[str, Any]:
+    plan, sizes = step.plan, step.sizes
+    return {
+        "method": plan.method,
+        "options": dict(plan.options),
+        "budget": dict(plan.budget),
+        "seed": plan.seed,
+        "plan_sha256": sha256_bytes(json_bytes(plan.to_json(None))),
+        "base_fingerprint": plan.model["fingerprint"],
+        "observed": step.observed,
+        "experts": list(sizes.experts),
+        "parameters": list(sizes.parameters),
+        "nonzero": list(sizes.nonzero),
+        "bytes": list(sizes.bytes),
+        "seconds": {name: round(value, 2) for name, value in step.seconds.items()},
+        "warnings": list(plan.warnings),
+    }

@@ -1,0 +1,223 @@
+"""Steps in a row: calibrate, plan, apply, each on what the one before wrote."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from moeprune.core.budget import Budget
+from moeprune.core.constraints import Constraints
+from moeprune.core.method import Method
+from moeprune.core.plan import Plan
+from moeprune.core.targets import Target
+from moeprune.errors import MoepruneError, OutputError
+from moeprune.files import refuse_existing
+from moeprune.models.byte_exact import refuse_method
+from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.editing import Sizes, Writing
+from moeprune.models.projection import project_statistics
+from moeprune.models.surgery import apply_plan
+from moeprune.pipeline.asking import PROTECTION_NEEDS, accept
+from moeprune.pipeline.calibration import calibrate
+from moeprune.pipeline.inputs import Compute, Progress, Source, Text, silent
+from moeprune.pipeline.measure import peak_memory, reset_peak_memory
+from moeprune.pipeline.planning import plan as make_plan
+
+RECOMPUTE = "recompute"
+PROJECT = "project"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method with one budget.
+
+    Attributes:
+        method: what decides.
+        budget: how much it removes.
+        uniform: the same number of experts in every layer.
+        statistics: ``recompute`` or ``project``; see ``models.projection``.
+        seed: of the method.
+        constraints: experts that stay or go whatever the method thinks of them.
+    """
+
+    method: Method
+    budget: Budget | Target
+    uniform: bool = False
+    statistics: str = RECOMPUTE
+    seed: int = 0
+    constraints: Constraints = field(default_factory=Constraints)
+
+    @property
+    def needs(self) -> set[str]:
+        """The accumulators that it plans from; a sequential method collects its own."""
+        if self.method.sequential:
+            return set()
+        return {*self.method.needs, *([PROTECTION_NEEDS] if self.constraints.protect_super else [])}
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """What a step did; ``observed`` says where its numbers come from."""
+
+    plan: Plan
+    sizes: Sizes
+    seconds: dict[str, float]
+    observed: str
+
+
+@dataclass
+class Steps:
+    """Runs steps.
+
+    Attributes:
+        source: the original.
+        steps: in order.
+        out: the last checkpoint.
+        text: to calibrate on.
+        statistics: of the original, if they exist already.
+        compute, writing, progress: as in the stages.
+        force: replace ``out``.
+        keep: a directory for the checkpoints between the steps; None deletes them.
+    """
+
+    source: Source
+    steps: Sequence[Step]
+    out: Path
+    text: Text = field(default_factory=Text)
+    statistics: Path | None = None
+    compute: Compute = field(default_factory=Compute)
+    writing: Writing = field(default_factory=Writing)
+    progress: Progress = silent
+    force: bool = False
+    keep: Path | None = None
+    done: list[StepDone] = field(default_factory=list)
+    peak: int | None = None
+
+    def run(self) -> list[StepDone]:
+        """All steps; ``out`` appears when the last one succeeds.
+
+        Raises:
+            MoepruneError: anything the user can mend; nothing is left behind.
+        """
+        refuse_existing(self.out, self.force)
+        original = Checkpoint.open(self.source, self.compute.trust_remote_code)
+        refuse_source(original, self.out)
+        for step in self.steps:
+            accept(step.method, step.budget, step.constraints)
+            refuse_method(original, step.method.changes, self.writing.dequantize)
+        if self.keep is not None:
+            refuse_existing(self.keep, False)
+        reset_peak_memory()
+        work = Path(tempfile.mkdtemp(prefix="moeprune-", dir=self._room()))
+        try:
+            self._run(work)
+            if self.keep is not None:
+                self._keep(work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        self.peak = peak_memory()
+        return self.done
+
+    def _room(self) -> Path | None:
+        """Where checkpoints between steps go: the output's disk, as they may not fit in /tmp."""
+        if len(self.steps) == 1:
+            return None
+        return next(parent for parent in self.out.absolute().parents if parent.is_dir())
+
+    def _run(self, work: Path) -> None:
+        source, known = self.source, self.statistics
+        for number, step in enumerate(self.steps):
+            last = number + 1 == len(self.steps)
+            target = self.out if last else work / f"step-{number + 1}"
+            try:
+                known = self._step(number, source, known, target, work)
+            except MoepruneError as error:
+                if len(self.steps) == 1:
+                    raise
+                name = f"step {number + 1} ({step.method.name})"
+                raise type(error)(f"{name}: {error.problem}", error.hint) from error
+            if number and self.keep is None:
+                shutil.rmtree(work / f"step-{number}", ignore_errors=True)
+            source = target
+
+    def _step(
+        self, number: int, source: Source, known: Path | None, target: Path, work: Path
+    ) -> Path | None:
+        """One step; returns statistics for the next one, if that wants them projected."""
+        step, seconds = self.steps[number], dict[str, float]()
+        observed = "nothing" if not step.method.needs else "the model, layer by layer as it changes"
+        start = time.perf_counter()
+        later = self._projecting(number)
+        if known is None and (step.needs or later):
+            known = work / f"statistics-{number}"
+            needs = sorted(step.needs | later)
+            calibrate(source, known, self.text, needs, self.compute, progress=self.progress)
+            seconds["calibrate"] = time.perf_counter() - start
+        if step.needs:
+            projected = number > 0 and step.statistics == PROJECT
+            observed = "the original, projected" if projected else "the model that it changes"
+        start = time.perf_counter()
+        plan = make_plan(
+            source, step.method, step.budget, known if step.needs else None, self.text,
+            compute=self.compute, seed=step.seed, progress=self.progress, uniform=step.uniform,
+            constraints=step.constraints, writing=self.writing,
+        )  # fmt: skip
+        seconds["plan"] = time.perf_counter() - start
+        start = time.perf_counter()
+        last = number + 1 == len(self.steps)
+        sizes = apply_plan(
+            Checkpoint.open(source, self.compute.trust_remote_code),
+            plan,
+            target,
+            self.force and last,
+            lambda done, total: self.progress("writing", done, total),
+            # heads and quantised weights are dealt with once; only the last result is padded
+            replace(
+                self.writing,
+                pad=self.writing.pad and last,
+                dequantize=self.writing.dequantize and not number,
+            ),
+        )
+        seconds["apply"] = time.perf_counter() - start
+        if self.done and self.done[-1].sizes.nonzero[1] < self.done[-1].sizes.parameters[1]:
+            sizes = replace(sizes, nonzero=(self.done[-1].sizes.nonzero[1], _nonzero(target)))
+        self.done.append(StepDone(plan, sizes, seconds, observed))
+        if not later or known is None:
+            return None
+        after = work / f"statistics-{number + 1}"
+        project_statistics(known, plan, target, after, self.compute.trust_remote_code)
+        return after
+
+    def _projecting(self, number: int) -> set[str]:
+        """What the steps behind ``number`` read from statistics that are projected on to them."""
+        found: set[str] = set()
+        for step in self.steps[number + 1 :]:
+            if step.needs and step.statistics == RECOMPUTE:
+                break
+            if step.needs:
+                found |= step.needs
+        return found
+
+    def _keep(self, work: Path) -> None:
+        assert self.keep is not None
+        self.keep.mkdir(parents=True)
+        for folder in sorted(work.glob("step-*")):
+            folder.rename(self.keep / folder.name)
+
+
+def _nonzero(directory: Path) -> int:
+    """Values that are not zero, counted: a plan does not know what earlier ones zeroed."""
+    checkpoint = Checkpoint.open(directory)
+    return sum(int(checkpoint.read(key).count_nonzero()) for key in checkpoint.tensors)
+
+
+def refuse_source(checkpoint: Checkpoint, out: Path) -> None:
+    """Replacing an output must not delete the model that is read."""
+    if checkpoint.path.is_relative_to(out.resolve()):
+        raise OutputError(
+            f"the output {out} is the model itself, or holds it", "choose another --out"
+        )
