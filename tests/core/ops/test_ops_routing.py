@@ -106,6 +106,8 @@ def test_nothing_is_followed_without_logits_or_tokens() -> None:
 def test_gates_of_half_precision_are_reproduced_within_their_rounding() -> None:
     z_SR, index_SK, gate_SK = sample()
     assert fit_rule(SHAPE, z_SR, index_SK, gate_SK.bfloat16().float()) is not None
+    assert fit_rule(SHAPE, z_SR, index_SK, gate_SK.half().float()) is not None
+    assert fit_rule(SHAPE, z_SR, index_SK, (gate_SK * (1 + z_SR[:, :2] / 99)).half()) is None
     assert fit_rule(SHAPE, z_SR, index_SK, (gate_SK * 1.05).bfloat16().float()) is not None
     assert fit_rule(SHAPE, z_SR, index_SK, gate_SK.sqrt().bfloat16().float()) is None
 

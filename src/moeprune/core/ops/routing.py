@@ -26,8 +26,8 @@ Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 EXACT = 1e-4
 """Relative error up to which a gate counts as reproduced (float32 against float64)."""
 
-ROUNDED = 2.0**-6
-"""The same where gates were rounded to bfloat16 (eight bits) on their way."""
+ROUNDED = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+"""The same where all gates are numbers of a smaller type: a few roundings on their way."""
 
 _TINY = 1e-6
 _DROPPED = -torch.inf
@@ -163,7 +163,7 @@ def fit_rule(
 
     A choice is reproduced if the chosen experts have the K best scores (in whichever order, equal
     scores in whichever way); a gate within ``EXACT``, or ``ROUNDED`` if all gates are numbers of
-    bfloat16, relative, or 1e-6 absolute.
+    a smaller type, relative, or 1e-6 absolute.
 
     Args:
         shape: the layer's sizes.
@@ -211,8 +211,10 @@ def _fitted(
     rule: RoutingRule, z_SR: Tensor, index_SK: Tensor, gate_SK: Tensor
 ) -> RoutingRule | None:
     """``rule`` with its factor if it reproduces the sample."""
-    rounded = bool((gate_SK.bfloat16().double() == gate_SK).all())
-    tolerance = ROUNDED if rounded else EXACT
+    tolerance = EXACT
+    for dtype, error in ROUNDED.items():
+        if bool((gate_SK.to(dtype).double() == gate_SK).all()):
+            tolerance = error
     router = SubsetRouter(rule, z_SR)
     all_NR = torch.ones(1, z_SR.shape[1], dtype=torch.bool)
     gate = router._gate(index_SK[None], all_NR)[0]
