@@ -33,7 +33,7 @@ SHAPE = (1408, 2048)
 LAYER = {"experts": 60, "matrices": 3}
 SUBSET = 16
 NAIVE_PAIRS = 4
-FIRST_TEN = (
+FIRST = (
     "frequency", "routing-score", "ean", "weighted-frequency", "reap", "man", "msan", "mone",
     "mone-ls",
 )  # fmt: skip
@@ -123,7 +123,7 @@ def droppers() -> dict[str, Method]:
         light = bool(method.needs) and set(method.needs) <= set(LIGHT)
         if light and not method.sequential and method.changes in _DROPS:
             found[name] = method
-    first = [name for name in FIRST_TEN if name in found]
+    first = [name for name in FIRST if name in found]
     rest = [name for name in found if name not in first and name not in ("random", "saliency")]
     return {name: found[name] for name in [*first, *rest][:10]}
 
