@@ -42,10 +42,6 @@ def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
             )
         if layer is not None and layer.unroutes:
             _check_router(layer, shape)
-        if layer is not None and (layer.served_by is not None or layer.offsets_CH is not None):
-            raise UnsupportedModelError(
-                f"plan, layer {index}: experts that answer for others, and offsets, are not written"
-            )
         if layer is not None and layer.stored is not None:
             _check_stored(layer, shape)
     new_width(model, plan.layers)
@@ -72,9 +68,15 @@ def _check_depth(model: LayeredModel, plan: Plan) -> None:
 
 
 def check_novices(model: LayeredModel, layers: Mapping[int, LayerPlan]) -> None:
-    """Raise ``UnsupportedModelError`` if experts of this family cannot become constants."""
+    """Raise ``UnsupportedModelError`` if this family's experts cannot become or have constants."""
     kind = text_config(model.config).model_type
     reason = quirks.NOVICES_REFUSED.get(kind)
+    if reason is not None and any(layer.answers for layer in layers.values()):
+        raise UnsupportedModelError(
+            f"experts of {kind} cannot answer for others, nor have constants in their outputs: "
+            f"{reason}",
+            "delete experts instead (moeits), or zero weights (moe-pruner)",
+        )
     if reason is not None and any(layer.replaced for layer in layers.values()):
         raise UnsupportedModelError(
             f"experts of {kind} cannot be replaced by constants: {reason}",
