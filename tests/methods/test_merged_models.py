@@ -93,7 +93,9 @@ def test_stock_classes_open_a_smaller_file_with_what_the_plan_says(
     sizes = stages.apply(model, plan, tmp_path / "out")
     assert sizes.experts[1] * 2 == sizes.experts[0]
     assert sizes.bytes[1] < 0.8 * sizes.bytes[0]
-    size = [sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (model, tmp_path / "out")]
+    size = [
+        sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (model, tmp_path / "out")
+    ]
     assert size[1] < 0.8 * size[0]
     after = open_stock(tmp_path / "out")
     expected = rebuilt(model, plan)
@@ -237,7 +239,11 @@ def test_ream_sees_what_it_merged(
     """Later layers score what earlier merges made of the text; the first layer sees the same."""
     merged = stages.plan(tiny("olmoe"), "ream", Budget(ratio=0.5), text=text, compute=COMPUTE)
     dense = stages.plan(
-        tiny("olmoe"), "ream", Budget(ratio=0.5), statistics("olmoe"), options={"propagate": "dense"}
+        tiny("olmoe"),
+        "ream",
+        Budget(ratio=0.5),
+        statistics("olmoe"),
+        options={"propagate": "dense"},
     )
     first, last = min(merged.layers), max(merged.layers)
     assert merged.layers[first].scores["saliency"] == pytest.approx(
