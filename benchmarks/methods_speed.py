@@ -3,9 +3,9 @@
     python benchmarks/methods_speed.py [--layer] [--json]
 
 1. MoEITS: seconds per pair of matrices of Qwen1.5-MoE's size (1408 x 2048, float32), ours against
-   the straightforward NumPy way (``histogram`` of both and ``histogram2d``, bins "auto"), on the same
-   pairs; the values must agree to 1e-6. NumPy is timed on a few pairs, ours on all pairs of some
-   experts, its binning included; with ``--layer`` on a whole layer, 60 experts and 3 matrices.
+   the straightforward NumPy way (``histogram`` of both and ``histogram2d``, bins "auto"), on the
+   same pairs; the values must agree to 1e-6. NumPy is timed on a few pairs, ours on all pairs of
+   some experts, binning included; with ``--layer`` on a whole layer, 60 experts and 3 matrices.
 2. Calibration: seconds of one walk that serves every calibrated method that deletes or replaces
    experts, against the sum of one walk for each, on the embedded model.
 """

@@ -11,7 +11,7 @@ ranks are cut, then weights are masked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from moeprune.core.ops.masks import matrix_keep_mask, nm_keep_mask, row_keep_mask
 from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import PlanError
-
 
 MASK_GROUPS = ("row", "matrix")
 
@@ -140,6 +139,24 @@ class Neurons:
         expert = torch.tensor(keep).repeat_interleave(J)
         index = torch.stack((position, neuron, expert, chosen_CJ.reshape(-1).cpu()), dim=1)
         return cls(J, index.to(torch.int32), torch.ones(C * J, 3))
+
+    @classmethod
+    def of_lists(cls, chosen: Sequence[Tensor], keep: tuple[int, ...], width: int) -> Neurons:
+        """Narrowing to different numbers: those of each kept expert come first, zeros behind."""
+        parts = [
+            torch.stack(
+                (
+                    torch.full_like(ids, position),
+                    torch.arange(len(ids)),
+                    torch.full_like(ids, expert),
+                    ids,
+                ),
+                dim=1,
+            )
+            for position, (expert, ids) in enumerate(zip(keep, chosen, strict=True))
+        ]
+        index = torch.cat(parts)
+        return cls(width, index.to(torch.int32), torch.ones(len(index), 3))
 
     def matrix(self, position: int, role: str, old: ExpertWeights) -> Tensor:
         """One new matrix, float32."""

@@ -42,10 +42,6 @@ def check_plan(model: LayeredModel, plan: Plan, pad: bool = False) -> None:
             )
         if layer is not None and layer.unroutes:
             _check_router(layer, shape)
-        if layer is not None and (layer.served_by is not None or layer.offsets_CH is not None):
-            raise UnsupportedModelError(
-                f"plan, layer {index}: experts that answer for others, and offsets, are not written"
-            )
         if layer is not None and layer.stored is not None:
             _check_stored(layer, shape)
     new_width(model, plan.layers)
@@ -60,8 +56,10 @@ def _check_depth(model: LayeredModel, plan: Plan) -> None:
         raise PlanError(f"plan: 'drop_layers' must be ascending ids of {layers} decoder layers")
     if len(dropped) == layers:
         raise PlanError("plan: 'drop_layers' leaves no layer", "keep at least one")
-    whole = {index: LayerPlan(index, p.experts, tuple(range(p.experts)), scores=p.scores)
-             for index, p in plan.layers.items()}
+    whole = {
+        index: LayerPlan(index, p.experts, tuple(range(p.experts)), scores=p.scores)
+        for index, p in plan.layers.items()
+    }
     if any(replace(p, notes=()) != whole[index] for index, p in plan.layers.items()):
         raise PlanError(
             "a plan that drops layers cannot edit the experts of others",
@@ -70,9 +68,15 @@ def _check_depth(model: LayeredModel, plan: Plan) -> None:
 
 
 def check_novices(model: LayeredModel, layers: Mapping[int, LayerPlan]) -> None:
-    """Raise ``UnsupportedModelError`` if experts of this family cannot become constants."""
+    """Raise ``UnsupportedModelError`` if this family's experts cannot become or have constants."""
     kind = text_config(model.config).model_type
     reason = quirks.NOVICES_REFUSED.get(kind)
+    if reason is not None and any(layer.answers for layer in layers.values()):
+        raise UnsupportedModelError(
+            f"experts of {kind} cannot answer for others, nor have constants in their outputs: "
+            f"{reason}",
+            "delete experts instead (moeits), or zero weights (moe-pruner)",
+        )
     if reason is not None and any(layer.replaced for layer in layers.values()):
         raise UnsupportedModelError(
             f"experts of {kind} cannot be replaced by constants: {reason}",

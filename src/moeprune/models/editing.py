@@ -33,6 +33,7 @@ from moeprune.models.counts import (
 )
 from moeprune.models.generated import (
     GeneratedCode,
+    answer_code,
     novice_code,
     set_code,
     uneven_code,
@@ -40,6 +41,7 @@ from moeprune.models.generated import (
 from moeprune.models.layout import DiskTensor
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import model_class, native_class, remote_class
+from moeprune.models.novices import set_novices
 from moeprune.models.quantised import (
     bf16_piece,
     parameters,
@@ -117,6 +119,7 @@ class Editor:
         self.checkpoint, self.quantisation = model.checkpoint, model.quantisation
         self.dequantized = self.quantisation.method if writing.dequantize else None
         self.novices = any(layer.replaced for layer in plan.layers.values())
+        self.answers = any(layer.answers for layer in plan.layers.values())
         self._slots = {
             index: padded_slots(layer.keep, shapes[index], self.counts[index])
             for index, layer in plan.layers.items()
@@ -129,6 +132,7 @@ class Editor:
         """All tensors of the new checkpoint, in the order of the old one."""
         found: list[Piece] = []
         with_novices: set[int] = set()
+        with_offsets: set[int] = set()
         for key in self.checkpoint.tensors:
             if self.dequantized and self.quantisation.is_scale(key):
                 continue
@@ -143,6 +147,13 @@ class Editor:
             if layer.replaced and tensor.layer not in with_novices and tensor.role == "down":
                 with_novices.add(tensor.layer)
                 found += self._novices(layer, tensor)
+            if (
+                layer.offsets_CH is not None
+                and tensor.layer not in with_offsets
+                and tensor.role == "down"
+            ):
+                with_offsets.add(tensor.layer)
+                found += self._offsets(layer, tensor)
             found += self._edited(key, tensor, layer)
         return found
 
@@ -227,6 +238,19 @@ class Editor:
             for row, expert in enumerate(layer.replaced)
         ]
 
+    def _offsets(self, layer: LayerPlan, tensor: DiskTensor) -> list[Piece]:
+        assert layer.offsets_CH is not None
+        dtype = TORCH_DTYPES.get(self.checkpoint.tensors[tensor.key].dtype, torch.bfloat16)
+        values = layer.offsets_CH.to(dtype)
+        if tensor.expert is None:
+            name = self.model.sites[layer.layer].experts_name + ".output_offset"
+            return [given(self.model.disk_name(name), values)]
+        slots = self._slots.get(layer.layer, tuple(range(layer.experts)))
+        return [
+            given(f"{tensor.experts_prefix}{slots.index(e)}.output_offset", values[row].clone())
+            for row, e in enumerate(layer.keep)
+        ]
+
     def _values(self, piece: Piece, tensor: DiskTensor, layer: LayerPlan, slots: Slots) -> Piece:
         """``piece`` with the values that the plan gives it."""
         if not self.rebuilder.changes(tensor, layer):
@@ -249,37 +273,35 @@ class Editor:
         if self.attached.dropped and self.attached.heads:
             without_heads(config)
         text = config.get("text_config")  # with towers, the language model's part
-        text = text if isinstance(text, dict) else config
+        (text if isinstance(text, dict) else config).update(described(self.plan))
         if self.novices:
-            text["approximate_experts"] = {
-                str(index): list(layer.replaced)
-                for index, layer in sorted(self.plan.layers.items())
-                if layer.replaced
-            }
-        skipping = {
-            str(index): layer.skipping.to_json()
-            for index, layer in sorted(self.plan.layers.items())
-            if layer.skipping is not None
-        }
-        if skipping:
-            text["expert_skipping"] = skipping
+            set_novices(config, self.model.sites, self.plan)
         return set_code(config, self.code, model_class(self.checkpoint, self.model.config))
 
     @cached_property
     def code(self) -> GeneratedCode | None:
         """Classes that the checkpoint needs to open; None where stock ones do."""
         uneven = len(set(self.counts.values())) > 1
-        if (self.novices or uneven) and remote_class(self.checkpoint, self.model.config):
+        own = self.novices or self.answers
+        if (own or uneven) and remote_class(self.checkpoint, self.model.config):
             raise UnsupportedModelError(
                 f"{self.checkpoint.path} has classes of its own, which ours cannot extend",
                 "delete the same number of experts in every layer",
             )
-        if self.novices and uneven:
+        if own and uneven:
             raise UnsupportedModelError(
                 f"layers of {self.checkpoint.path} hold different numbers of experts: none of them "
-                "can be replaced by constants",
-                "replace experts of the original model",
+                "can be replaced by constants, answer for others or have constants",
+                "do it to the original model, or keep the same number of experts in every layer",
             )
+        if self.novices and self.answers:
+            raise UnsupportedModelError(
+                "the plan replaces experts by constants in some layers, and in others they answer "
+                "for others or have constants: one model cannot do both",
+                "make it two plans, for two copies of the model",
+            )
+        if self.answers:
+            return answer_code(native_class(self.model.config))
         if self.novices:
             return novice_code(native_class(self.model.config))
         if uneven:
@@ -302,6 +324,17 @@ class Editor:
             bytes=(self.checkpoint.nbytes, sum(piece.nbytes for piece in pieces)),
             attached=self.attached.counts(),
         )
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """What config.json says about kept experts that stock classes do not know."""
+    layers = sorted(plan.layers.items())
+    found = {
+        "experts_served_by": {str(i): list(p.served_by) for i, p in layers if p.served_by},
+        "expert_offsets": [i for i, p in layers if p.offsets_CH is not None],
+        "expert_skipping": {str(i): p.skipping.to_json() for i, p in layers if p.skipping},
+    }
+    return {key: value for key, value in found.items() if value}
 
 
 def only_deleting(layer: LayerPlan) -> LayerPlan:

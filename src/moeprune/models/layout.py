@@ -18,6 +18,7 @@ from transformers.core_model_loading import Interleave, MergeModulelist, Transpo
 from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.models import quirks
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
+from moeprune.models.generated import ANSWER_KEYS
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
 from moeprune.models.quantised import ACTIVATION_SCALES, Quantised, read
@@ -188,6 +189,11 @@ def refuse(model: LayeredModel) -> None:
     if getattr(text_config(model.config), "approximate_experts", None):
         raise UnsupportedModelError(
             f"some experts of {model.checkpoint.path} are constants already",
+            "prune the original model instead",
+        )
+    if any(getattr(text_config(model.config), key, None) for key in ANSWER_KEYS):
+        raise UnsupportedModelError(
+            f"experts of {model.checkpoint.path} answer for others, or have constants, already",
             "prune the original model instead",
         )
     model.quantisation.refuse()

@@ -28,7 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from moeprune.errors import CheckpointError, MoepruneError, UnsupportedModelError
 from moeprune.models import uneven_runtime
 from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.generated import novice_class
+from moeprune.models.generated import own_class
 from moeprune.models.native import (
     first_line,
     model_class,
@@ -53,8 +53,7 @@ def skeleton(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Modu
     cls = model_class(checkpoint, config)
     if not isinstance(config, cls.config_class):
         config = text_config(config)  # of a model with towers, the language model alone
-    if getattr(text_config(config), "approximate_experts", None):
-        cls = novice_class(cls)
+    cls = own_class(cls, text_config(config))
     try:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             model: nn.Module = cls._from_config(config, dtype=dtype).eval()

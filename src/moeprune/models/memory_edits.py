@@ -129,6 +129,8 @@ def _stack(site: MoESite, layer: LayerPlan, one: Callable[[int], Tensor], old: T
     for number, expert in enumerate(present):
         if expert in layer.keep:
             new[number] = first if expert == layer.keep[0] else one(expert).to(old.dtype)
+    if beyond and new.shape[1:] == old.shape[1:]:
+        new[len(present) :] = old[E:]
     return new.flatten(0, 1) if flat else new
 
 

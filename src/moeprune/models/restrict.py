@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from moeprune.core.layer_plan import LayerPlan
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
+from moeprune.models.memory_edits import edit_in_memory
 from moeprune.models.resizing import keep_experts, replace_outputs
 from moeprune.models.special import matrix_role, stacked
 
@@ -91,6 +93,26 @@ class RestrictedModel(AlignedModel):
             source = self._zeros.sites[index].experts
             _copy_zeros(source, site.experts, restriction.zeros, restriction.keep)
             self._zeros.free_layer(index)
+
+
+class PlannedModel(AlignedModel):
+    """The original, edited as its layers are loaded; it can be walked once."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layers: Mapping[int, LayerPlan],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(checkpoint, dtype, device)
+        self._planned = layers
+
+    def load_layer(self, index: int) -> None:
+        """Load and edit."""
+        super().load_layer(index)
+        if index in self._planned:
+            edit_in_memory(self, self.sites[index], self._planned[index])
 
 
 def _copy_zeros(

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.generated import novice_class, uneven_class
+from moeprune.models.generated import own_class, uneven_class
 from moeprune.models.loading import find_layers, skeleton
 from moeprune.models.native import model_class, quiet_transformers, read_config, text_config
 from moeprune.models.quantised import KEYS, SUPPORTED, Quantisation, lazy_state
@@ -56,12 +56,11 @@ def load(
 def _class_of(checkpoint: Checkpoint, config: Any) -> Any:
     """The class that opens a checkpoint: ours where no stock one can."""
     cls = model_class(checkpoint, config)
-    if getattr(text_config(config), "approximate_experts", None):
-        return novice_class(cls)
-    if is_uneven(config):
+    own = own_class(cls, text_config(config))
+    if own is cls and is_uneven(config):
         model = skeleton(checkpoint, config, torch.float32)
         return uneven_class(cls, resize_facts(model, find_layers(model)[0]))
-    return cls
+    return own
 
 
 def _dequantised(

@@ -96,6 +96,15 @@ def sizes_of(model: LayeredModel, plan: Plan, writing: Writing = Writing()) -> S
     return editor.sizes(_written(editor)[0])
 
 
+def pieces_of(model: LayeredModel, plan: Plan, writing: Writing = Writing()) -> list[Piece]:
+    """The tensors that ``apply_plan`` would write; each is made when it is read.
+
+    Raises:
+        MoepruneError: as ``apply_plan``, if they could not be written.
+    """
+    return _written(_editor(model, plan, writing))[0]
+
+
 def _written(editor: Editor) -> tuple[list[Piece], dict[str, Any]]:
     """The tensors and the configuration of the new checkpoint."""
     pieces, config = editor.pieces(), editor.config()

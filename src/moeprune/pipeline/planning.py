@@ -75,7 +75,7 @@ def plan(
     if statistics is not None and chosen.sequential:
         raise MoepruneError(
             f"{chosen.name} edits each layer before it observes the next: no statistics fit that",
-            "leave out --statistics, or score the unpruned model with -o propagate=dense",
+            f"leave out --statistics, or score the unpruned model with -o {chosen.unedited}",
         )
     checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     model = compute.open(checkpoint)
@@ -194,7 +194,7 @@ def _plan_sequentially(
     if text is None:
         raise MoepruneError(
             f"{method.name} edits each layer before it observes the next, so it walks the model",
-            "give calibration text (--data), or -o propagate=dense with --statistics",
+            f"give calibration text (--data), or -o {method.unedited} with --statistics",
         )
     domains = read_calibration(model.checkpoint, text)
     layers: dict[int, LayerPlan] = {}

@@ -16,9 +16,10 @@ from moeprune.models.writer import computed, copied, given, sliced, zeros
 from moeprune.verification.edits import Edit, Mask
 from moeprune.verification.finding import ERROR, Finding, Found, Rule, Skip
 from moeprune.verification.logits import compare_logits
+from moeprune.verification.rebuilt import planned_layers
 from moeprune.verification.reference import Reference, Source
 from moeprune.verification.shards import AsFound
-from moeprune.verification.subject import CONFIG, Subject
+from moeprune.verification.subject import ADDED, CONFIG, Subject
 
 _AGAIN = "apply the plan to the original again"
 
@@ -65,7 +66,7 @@ def tensors(subject: Subject) -> Found:
             problem = f"{source.key} of the original should be here"
             yield subject.at("against-tensors", ERROR, key, problem, _AGAIN)
             continue
-        if source.masked is None:
+        if source.masked is None and not source.rebuilt:
             why = _difference(subject, reference, key, source)
             if why:
                 yield subject.at("against-tensors", ERROR, key, why, _AGAIN)
@@ -73,7 +74,7 @@ def tensors(subject: Subject) -> Found:
         done += stored.nbytes
         subject.progress("comparing tensors", done, total)
     for key in subject.tensors:
-        if key not in expected and not key.endswith((".approx_value", ".novice_value")):
+        if key not in expected and not key.endswith(ADDED):
             problem = "the original and the plan make no tensor of this name"
             yield subject.at("against-tensors", ERROR, key, problem, _AGAIN)
     subject.comparison["tensors_compared"] = compared
@@ -219,8 +220,9 @@ def _mask_problem(now_OI: Tensor, before_OI: Tensor, mask: Mask) -> str:
 def logits(subject: Subject) -> Found:
     """Both models on the same text."""
     reference, edits = _reference(subject)
+    planned = planned_layers(subject, reference, edits)
     restrictions = {}
-    for layer, edit in edits.items():
+    for layer, edit in edits.items() if planned is None else ():
         found = {e: value for e, (_, value) in stored_constants(subject, layer).items()}
         lost = sorted(set(edit.replaced) - set(found))
         if lost:
@@ -235,6 +237,7 @@ def logits(subject: Subject) -> Found:
             reference.device,
             lambda done, total: subject.progress("comparing logits", done, total),
             () if reference.shallower is None else reference.shallower.dropped,
+            planned,
         )
     except (MoepruneError, RuntimeError, ValueError, IndexError) as error:
         problem = f"it cannot be run: {str(error).splitlines()[0][:160]}"

@@ -160,7 +160,12 @@ def _defined(tree: ast.Module) -> set[str]:
 
 def generated_class(subject: Subject) -> Found:
     """Results that stock classes cannot open name a class that can."""
-    tables = {"approximate_experts": subject.novices, "per_layer_config": subject.uneven}
+    tables = {
+        "approximate_experts": subject.novices,
+        "per_layer_config": subject.uneven,
+        "experts_served_by": subject.served,
+        "expert_offsets": subject.entry("expert_offsets"),
+    }
     needed = [key for key, table in tables.items() if table]
     if not needed:
         raise Skip("stock classes express this checkpoint")

@@ -17,7 +17,7 @@ _PATTERN = re.compile(r"(\d{1,4}):(\d{1,4})")
 
 @dataclass(frozen=True)
 class Mask:
-    """How many weights are zero: ``ratio`` of each group, n of every m by ``pattern``, or any number.
+    """How many weights are zero: ``ratio`` of each group, ``pattern`` n of every m, or any number.
 
     A group is an output ``row`` or a whole ``matrix``.
     """
@@ -37,12 +37,32 @@ class Edit:
         keep: experts whose weights stay, in the order in which they are stored.
         replaced: experts that become constants; the others are deleted.
         mask: which weights of kept experts are zero; None if none were.
+        rebuilt: matrices of kept experts that have other values, by role.
+        width: their neurons; None if that did not change.
+        mixed: whether router rows are sums of old ones.
+        served_by: who answers for each expert; empty if each does for itself.
+        offsets: whether constants were added to outputs.
     """
 
     experts: int
     keep: tuple[int, ...]
     replaced: tuple[int, ...] = ()
     mask: Mask | None = None
+    rebuilt: tuple[str, ...] = ()
+    width: int | None = None
+    mixed: bool = False
+    served_by: tuple[int, ...] = ()
+    offsets: bool = False
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether tensors have values that slicing the original's does not give."""
+        return bool(self.rebuilt) or self.mixed
+
+    @property
+    def unroutes(self) -> bool:
+        """Whether routers lost the rows of deleted experts."""
+        return bool(self.dropped) and not self.served_by
 
     @property
     def all(self) -> tuple[int, ...]:
@@ -81,7 +101,20 @@ def _edit(entry: dict[str, Any]) -> Edit:
         keep + replaced
     ):
         raise ValueError("its experts are not ids, each named once")
-    return Edit(experts, keep, replaced, None if mask is None else _mask(mask))
+    neurons, vectors = entry.get("neurons"), entry.get("vectors") or ()
+    stored = entry.get("stored") or {}
+    roles = set(ROLES) if neurons else {*(entry.get("ranks") or ()), *stored.get("roles", ())}
+    return Edit(
+        experts,
+        keep,
+        replaced,
+        None if mask is None else _mask(mask),
+        tuple(role for role in ROLES if role in roles),
+        int(neurons["width"]) if neurons else None,
+        "router" in vectors,
+        tuple(int(e) for e in entry.get("served_by") or ()),
+        "offsets" in vectors,
+    )
 
 
 def _mask(entry: dict[str, Any]) -> Mask:

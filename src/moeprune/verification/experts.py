@@ -20,7 +20,7 @@ def _named(subject: Subject) -> list[Group]:
 
 def _missing(subject: Subject, group: Group) -> list[int]:
     """Ids below the highest that no tensor has and no list of constants names."""
-    there = {*group.matrices, *group.novices, *subject.novices_of(group.layer)}
+    there = {*group.matrices, *group.novices, *subject.absent_of(group.layer)}
     return [e for e in range(max(there, default=-1) + 1) if e not in there]
 
 
@@ -42,7 +42,7 @@ def troubled(subject: Subject) -> set[int | None]:
         if layer.isdecimal() and any(True for _ in _novice_findings(subject, int(layer)))
     }
     for group in subject.decoder_groups:
-        count = len({*group.matrices, *group.novices, *subject.novices_of(group.layer)})
+        count = len({*group.matrices, *group.novices, *subject.absent_of(group.layer)})
         wrong = count != subject.experts(group.layer) or group.twice or _missing(subject, group)
         if wrong or any(True for _ in _incomplete(group)):
             found.add(group.layer)

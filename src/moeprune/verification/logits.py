@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeprune.core.layer_plan import LayerPlan
 from moeprune.errors import DataError, MoepruneError
 from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.depth import pass_through
 from moeprune.models.data import demo_text, load_tokenizer, token_keys, tokenise
+from moeprune.models.depth import pass_through
+from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
-from moeprune.models.restrict import AlignedModel, RestrictedModel, Restriction
+from moeprune.models.restrict import AlignedModel, PlannedModel, RestrictedModel, Restriction
 from moeprune.models.walk import Batch, Walk
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -35,6 +37,7 @@ def compare_logits(
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
     skipped: Sequence[int] = (),
+    planned: Mapping[int, LayerPlan] | None = None,
 ) -> dict[str, Any]:
     """Walk both models over a few short sequences, layer by layer.
 
@@ -46,13 +49,16 @@ def compare_logits(
         device: to compute on.
         progress: told (steps done, steps in all).
         skipped: layers of the original that are left out.
+        planned: edits of the original's layers that are made instead of restricting them.
 
     Raises:
         MoepruneError: a model cannot be run, or the two have different vocabularies.
     """
     computed = getattr(torch, dtype)
     zeros = AlignedModel(result, computed, device)
-    first = RestrictedModel(original, restrictions, zeros, computed, device)
+    first: LayeredModel = RestrictedModel(original, restrictions, zeros, computed, device)
+    if planned is not None:
+        first = PlannedModel(original, planned, computed, device)
     second = AlignedModel(result, computed, device)
     sizes = [text_config(model.config).vocab_size for model in (first, second)]
     if sizes[0] != sizes[1]:

@@ -78,6 +78,7 @@ def counts(subject: Subject) -> Found:
             )
             yield Finding("plan-counts", ERROR, PLAN_COPY, None, problem, _AGAIN)
     yield from _novices(subject, edits)
+    yield from _answers(subject, edits)
 
 
 def _novices(subject: Subject, edits: Mapping[int, Edit]) -> Found:
@@ -89,6 +90,22 @@ def _novices(subject: Subject, edits: Mapping[int, Edit]) -> Found:
             if planned.get(layer) != subject.novices.get(layer)
         )
         problem = f"layer {wrong[0]}: approximate_experts and the plan name different experts"
+        yield Finding("plan-counts", ERROR, PLAN_COPY, None, problem, _AGAIN)
+
+
+def _answers(subject: Subject, edits: Mapping[int, Edit]) -> Found:
+    """Who answers for whom, and the width of experts, by the plan and by what is stored."""
+    planned = {str(layer): list(edit.served_by) for layer, edit in edits.items() if edit.served_by}
+    if planned != subject.served:
+        problem = "experts_served_by and the plan name different experts"
+        yield Finding("plan-counts", ERROR, PLAN_COPY, None, problem, _AGAIN)
+    widths = {edit.width for edit in edits.values() if edit.width is not None}
+    try:
+        stored = {site.shape.intermediate for site in subject.model.sites.values()}
+    except Skip:
+        return
+    if widths and widths != stored:
+        problem = f"experts have {min(widths)} neurons by the plan, {min(stored)} by config.json"
         yield Finding("plan-counts", ERROR, PLAN_COPY, None, problem, _AGAIN)
 
 

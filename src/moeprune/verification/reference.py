@@ -40,6 +40,7 @@ class Source:
         disk: what kind of tensor it is; None if it is no expert's or router's.
         table: the layer's edit, if this names experts by token and they were renumbered.
         zero: whether it is padding of the original's shape.
+        rebuilt: whether its values were computed from several of the original's.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Source:
     disk: DiskTensor | None = None
     table: Edit | None = None
     zero: bool = False
+    rebuilt: bool = False
 
 
 @dataclass
@@ -232,25 +234,30 @@ class Reference:
                 yield key, Source(key)
                 continue
             if head:  # neither constants nor masks: a head was not observed
-                edit = replace(edit, mask=None) if edit.dropped else Edit(edit.experts, edit.all)
+                edit = Edit(edit.experts, edit.keep if edit.unroutes else edit.all)
             slots = self._slots(tensor.layer, edit)
             if tensor.role == "table":
-                yield key, Source(key, table=edit if edit.dropped else None)
+                yield key, Source(key, table=edit if edit.unroutes else None)
             elif tensor.role == "router":
                 ids = (*slots, *range(edit.experts, info.shape[tensor.dim]))
-                yield key, Source(key, tensor.dim, ids, None, tensor)
+                yield key, Source(key, tensor.dim, ids, None, tensor, rebuilt=edit.mixed)
             elif tensor.expert is None:
-                ids = edit.keep if edit.replaced else slots
-                yield key, Source(key, 0, ids, _masked(edit, tensor), tensor)
+                ids = edit.keep if edit.replaced or edit.served_by else slots
+                new = _rebuilt(edit, tensor)
+                masked = None if new else _masked(edit, tensor)
+                yield key, Source(key, 0, ids, masked, tensor, rebuilt=new)
             elif tensor.expert >= edit.experts:  # identity experts stand behind the others
                 number = len(slots) + tensor.expert - edit.experts
-                yield tensor.renamed(number), Source(key)
+                new = edit.width is not None
+                yield tensor.renamed(number), Source(key, rebuilt=new)
             elif tensor.expert in edit.keep:
-                source = Source(key, None, (), _masked(edit, tensor), tensor)
+                new = _rebuilt(edit, tensor)
+                masked = None if new else _masked(edit, tensor)
+                source = Source(key, None, (), masked, tensor, rebuilt=new)
                 yield tensor.renamed(slots.index(tensor.expert)), source
                 if tensor.expert == edit.keep[0]:
                     for number in (n for n, expert in enumerate(slots) if expert is None):
-                        yield tensor.renamed(number), Source(key, zero=True)
+                        yield tensor.renamed(number), Source(key, zero=True, rebuilt=new)
 
     def _head_tensor(self, key: str) -> DiskTensor | None:
         """What a prediction head's tensor is, by the one in its place in the last MoE layer."""
@@ -267,7 +274,7 @@ class Reference:
 
     def _slots(self, layer: int, edit: Edit) -> Slots:
         """The original's expert of each that the router selects among; None is padding."""
-        if edit.replaced:
+        if edit.replaced or edit.served_by:
             return tuple(range(edit.experts))
         keep, shape = edit.keep, self.model.sites[layer].shape
         if self.shallower is not None:
@@ -288,6 +295,12 @@ class Reference:
             rows = {expert: slots.index(expert) for expert in edit.keep}
             keep, constants = edit.keep, {}
         return Restriction(keep, constants, rows if edit.mask is not None else {})
+
+
+def _rebuilt(edit: Edit, tensor: DiskTensor) -> bool:
+    if tensor.role == "other":
+        return edit.width is not None
+    return bool(set(tensor.role.split("_")) & set(edit.rebuilt))
 
 
 def _masked(edit: Edit, tensor: DiskTensor) -> Edit | None:

@@ -11,6 +11,7 @@ from moeprune.verification import (
     numbers,
     provenance,
     quantisation,
+    rebuilt,
     shapes,
     tokenizer,
 )
@@ -22,12 +23,15 @@ RULES: tuple[Rule, ...] = (
     *configuration.RULES,
     *shapes.RULES,
     *experts.RULES,
+    *rebuilt.RULES[:2],
     *quantisation.RULES,
     *attached.RULES,
     *numbers.RULES,
     *tokenizer.RULES,
     *provenance.RULES,
-    *against.RULES,
+    *against.RULES[:-1],
+    *rebuilt.RULES[2:],
+    *against.RULES[-1:],
 )
 """Every rule, in the order in which they are run."""
 

@@ -17,7 +17,7 @@ from moeprune.models.writer import copied
 from moeprune.verification.experts import troubled
 from moeprune.verification.finding import ERROR, WARNING, Finding, Found, Rule, Skip
 from moeprune.verification.shards import AsFound
-from moeprune.verification.subject import COMPANIONS, CONFIG, Subject, layer_in_name
+from moeprune.verification.subject import ADDED, COMPANIONS, CONFIG, Subject, layer_in_name
 
 _TOGETHER = "config.json and the weights do not belong together: copy or write both again"
 
@@ -130,7 +130,7 @@ def expert_count(subject: Subject) -> Found:
     layers = set()
     for group in subject.decoder_groups:
         layers.add(group.layer)
-        there = {*group.matrices, *group.novices, *subject.novices_of(group.layer)}
+        there = {*group.matrices, *group.novices, *subject.absent_of(group.layer)}
         expected = subject.experts(group.layer)
         if len(there) != expected and len(there) == max(there) + 1:
             key = min(group.matrices[max(group.matrices)].values()) if group.matrices else ""
@@ -219,8 +219,8 @@ def unused(subject: Subject) -> Found:
     for key in subject.tensors:
         if subject.target(key) is not None or subject.attached(key) or key.endswith(COMPANIONS):
             continue
-        if key.endswith((".approx_value", ".novice_value")):
-            continue  # the rule 'novices' knows more
+        if key.endswith(ADDED):
+            continue  # the rules 'novices' and 'offsets' know more
         if not any(re.search(pattern, key) for pattern in ignored):
             problem = "no parameter of the model has this name: transformers ignores it"
             remedy = "delete it, or correct its name"

@@ -31,7 +31,9 @@ DECODED = ("fp8", "mxfp4")
 """Quantisations whose tensors have shapes from which those of the weights can be told."""
 
 _EXPERT = re.compile(r"(?P<head>(?:.*\.)?experts\.)(?P<expert>\d+)\.(?P<tail>.+)")
-_NOVICE = "approx_value"
+_NOVICE, _OFFSET = "approx_value", "output_offset"
+ADDED = (".approx_value", ".novice_value", ".output_offset")
+"""Endings of tensors that no original has: constants in place of experts, or in their outputs."""
 _RULED_OUT = -1e4  # no sum of scores reaches it; half precision cannot say much less
 
 
@@ -45,6 +47,7 @@ class Group:
         matrices: by id, the names of an expert's tensors by what follows the id.
         novices: by id, the names of constants.
         twice: names that stand for an expert that another name stands for already.
+        offsets: by id, the names of constants in outputs.
     """
 
     prefix: str
@@ -52,6 +55,7 @@ class Group:
     matrices: dict[int, dict[str, str]] = field(default_factory=dict)
     novices: dict[int, str] = field(default_factory=dict)
     twice: list[str] = field(default_factory=list)
+    offsets: dict[int, str] = field(default_factory=dict)
 
 
 def number(part: Mapping[str, Any], key: str) -> int | None:
@@ -212,6 +216,24 @@ class Subject:
         ids = self.novices.get(str(layer))
         return [e for e in ids if isinstance(e, int)] if isinstance(ids, list) else []
 
+    @property
+    def served(self) -> dict[str, Any]:
+        """Who answers for each expert, by layer, as it stands there."""
+        table = self.entry("experts_served_by")
+        return table if isinstance(table, dict) else {}
+
+    def absent_of(self, layer: int | None) -> set[int]:
+        """Ids of a layer's experts that need no matrices: constants, and those answered for."""
+        table = self.served.get(str(layer))
+        known = isinstance(table, list) and all(type(e) is int for e in table)
+        ids: list[int] = table if isinstance(table, list) and known else []
+        return {*self.novices_of(layer), *(set(range(len(ids))) - set(ids))}
+
+    def layer_of(self, key: str) -> int:
+        """The decoder layer that a tensor of the model belongs to, by its name."""
+        layer = layer_in_name(key)
+        return -1 if layer is None else layer
+
     # --- experts by name
 
     @cached_property
@@ -230,6 +252,8 @@ class Subject:
                 continue
             if tail == _NOVICE:
                 group.novices[expert] = key
+            elif tail == _OFFSET:
+                group.offsets[expert] = key
             elif tail in group.matrices.setdefault(expert, {}):
                 group.twice.append(key)
             else:
