@@ -84,6 +84,9 @@ class Method(ABC):
         budgets: the budget kinds it understands (``ratio``, ``keep``, ``tau``, ``pattern``).
         needs: accumulators that it reads; empty for a data-free method.
         changes: what it does to values, as a verb phrase; None if it only deletes experts.
+        kind: for tables: ``dropping``, ``novices``, ``merging``, ``inside``, ``layers``, ``mixed``;
+            None reads it off the plan.
+        removes: for tables, what a ratio is a fraction of; None says it by the kind.
     """
 
     name: ClassVar[str]
@@ -92,6 +95,8 @@ class Method(ABC):
     budgets: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ()
     changes: ClassVar[str | None] = None
+    kind: ClassVar[str | None] = None
+    removes: ClassVar[str | None] = None
 
     @property
     def sequential(self) -> bool:
