@@ -22,16 +22,15 @@ KINDS = {
 
 _LAYER_WORDS = ("skipped", "removed_layers", "dropped_layers")
 _MERGE_WORDS = ("merged", "merge", "groups", "clusters", "mixed", "sources")
-_PLAIN = frozenset(
-    ("experts", "keep", "replaced", "novice_rows", "scores", "notes", "method", "layer")
-)
+_INSIDE_WORDS = (
+    "mask", "neurons", "narrow", "narrowed", "width", "widths", "channels", "low_rank", "ranks",
+)  # fmt: skip
 
 
 def kind_of(plan: Mapping[str, Any], method: Method) -> str:
-    """The kind of a plan in JSON; a method may say it itself as a class attribute ``kind``."""
-    declared = getattr(method, "kind", None)
-    if isinstance(declared, str) and declared in KINDS:
-        return declared
+    """The kind of a plan in JSON, unless the method says it itself."""
+    if method.kind is not None and method.kind in KINDS:
+        return method.kind
     layers = [entry for entry in plan["layers"].values() if isinstance(entry, dict)]
     if any(plan.get(word) or any(entry.get(word) for entry in layers) for word in _LAYER_WORDS):
         return LAYERS
@@ -40,17 +39,16 @@ def kind_of(plan: Mapping[str, Any], method: Method) -> str:
     if any(entry["replaced"] for entry in layers):
         return NOVICES
     gone = any(len(entry["keep"]) < entry["experts"] for entry in layers)
-    inside = any(value for entry in layers for name, value in entry.items() if name not in _PLAIN)
+    inside = any(entry.get(word) for entry in layers for word in _INSIDE_WORDS)
     if gone:
         return MIXED if inside else DROPPING
     return INSIDE if inside or method.changes is not None else DROPPING
 
 
 def removes(kind: str, plan: Mapping[str, Any], method: Method) -> str:
-    """What the method's ratio is a fraction of, for the table; it may say so as ``removes``."""
-    declared = getattr(method, "removes", None)
-    if isinstance(declared, str):
-        return declared
+    """What the method's ratio is a fraction of, for the table."""
+    if method.removes is not None:
+        return method.removes
     if kind == INSIDE and not any("mask" in entry for entry in plan["layers"].values()):
         return "neurons"
     return KINDS[kind]
