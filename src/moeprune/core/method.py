@@ -151,9 +151,6 @@ class Method(ABC):
         needs: accumulators that it reads; empty for a data-free method.
         changes: what it does to values, as a verb phrase; None if it only deletes experts.
         unedited: the option that makes a sequential method score the unedited model instead.
-        kind: for tables: ``dropping``, ``novices``, ``merging``, ``inside``, ``layers``, ``mixed``;
-            None reads it off the plan.
-        removes: for tables, what a ratio is a fraction of; None says it by the kind.
     """
 
     name: ClassVar[str]
@@ -163,8 +160,6 @@ class Method(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     changes: ClassVar[str | None] = None
     unedited: ClassVar[str] = "propagate=dense"
-    kind: ClassVar[str | None] = None
-    removes: ClassVar[str | None] = None
 
     @property
     def sequential(self) -> bool:
