@@ -26,7 +26,7 @@ from moeprune.pipeline import stages
 
 WEIGHTS = random_weights(SMALL)
 ROWS = random_rows(SMALL, 60, weights=WEIGHTS, never=(4,))
-E, I, H = SMALL.experts, SMALL.intermediate, SMALL.hidden
+E, N = SMALL.experts, SMALL.intermediate
 
 
 def context(**budget: float) -> Context:
@@ -43,7 +43,7 @@ def slow_score(kind: str, expert: int) -> list[float]:
     g, u, d = (WEIGHTS.matrix(expert, role).double().numpy() for role in ("gate", "up", "down"))
     h, gate = tokens_of(ROWS, expert)
     found = []
-    for j in range(I):
+    for j in range(N):
         size = math.sqrt((g[j] ** 2).sum() * (u[j] ** 2).sum() * (d[:, j] ** 2).sum())
         energy = float((d[:, j] ** 2).sum())
         if kind == "magnitude" or not len(h):
@@ -85,7 +85,7 @@ def test_flap_keeps_what_a_loop_keeps_and_adds_the_mean() -> None:
     assert layer.offsets_CH is not None
     for e in range(E):
         h, _ = tokens_of(ROWS, e)
-        mean = h.mean(axis=0) if len(h) > 1 else np.zeros(I)
+        mean = h.mean(axis=0) if len(h) > 1 else np.zeros(N)
         mean[kept[e]] = 0
         expected = WEIGHTS.matrix(e, "down").double().numpy() @ mean
         np.testing.assert_allclose(layer.offsets_CH[e].numpy(), expected, rtol=1e-5, atol=1e-6)
@@ -98,9 +98,9 @@ def test_global_flap_is_one_threshold() -> None:
     for e in range(E):
         scores = slow_score("flap", e)
         z = (np.array(scores) - np.mean(scores)) / np.std(scores)
-        ranked += [(z[j] if j != int(np.argmax(z)) else math.inf, e, j) for j in range(I)]
-    gone = {(e, j) for _, e, j in sorted(ranked)[: E * I // 2]}
-    kept = [[j for j in range(I) if (e, j) not in gone] for e in range(E)]
+        ranked += [(z[j] if j != int(np.argmax(z)) else math.inf, e, j) for j in range(N)]
+    gone = {(e, j) for _, e, j in sorted(ranked)[: E * N // 2]}
+    kept = [[j for j in range(N) if (e, j) not in gone] for e in range(E)]
     assert neurons_of(layer) == kept
     assert layer.neurons is not None
     assert layer.neurons.width == math.ceil(max(map(len, kept)) / 4) * 4
