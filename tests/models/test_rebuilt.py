@@ -128,6 +128,6 @@ def test_layers_of_different_widths_are_refused(tiny: Tiny, tmp_path: Path) -> N
 
 def test_a_width_that_sizes_something_else_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint, plan = plan_of(tiny("jamba"), narrowing)
-    with pytest.raises(UnsupportedModelError, match="also sizes model.layers.0.feed_forward"):
+    with pytest.raises(UnsupportedModelError, match="also sizes"):
         apply_plan(checkpoint, plan, tmp_path / "out")
     assert not list(tmp_path.iterdir())
