@@ -277,6 +277,7 @@ def test_skipping_needs_thresholds(few: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize(
     "data", [None, {}, {"beta": True, "renormalise": True}, {"beta": -1, "renormalise": True},
+             {"beta": 10**400, "renormalise": True},
              {"beta": float("nan"), "renormalise": False}, {"beta": 0.5, "renormalise": 1}]
 )  # fmt: skip
 def test_thresholds_are_checked(data: Any) -> None:
