@@ -28,8 +28,8 @@ class HCSMoE(Method):
     experts that are closest (Euclidean distance of the o_e, linked as ``linkage`` says) are united
     until the budget is met. A cluster becomes the average of its experts, weighted by how often
     each was selected; its core, whose id and router row stay, is the expert closest to the
-    mean of the o_e, weighted in the same way. An expert that saw no token gives its cluster nothing, unless nobody in it saw
-    one. With routing groups, each is clustered by itself.
+    mean of the o_e, weighted by use. An expert that saw no token gives its cluster nothing, unless
+    nobody in it saw one. With routing groups, each is clustered by itself.
 
     Options:
         linkage: distance of clusters: ``average``, ``single``, ``complete``.
@@ -126,9 +126,7 @@ class HCSMoE(Method):
         return named[far.index(min(far))][0]
 
 
-def _central(
-    cluster: list[int], mean_EH: Tensor, count_E: Tensor, pinned: Collection[int]
-) -> int:
+def _central(cluster: list[int], mean_EH: Tensor, count_E: Tensor, pinned: Collection[int]) -> int:
     """The pinned expert of a cluster, or the one closest to its mean, weighted by use.
 
     Of equals the first: of two experts that are used equally, both are as close.
