@@ -7,7 +7,7 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-vllm lint bench figures clean
+.PHONY: demo test test-vllm lint bench figures compare clean
 
 demo: $(STAMP)
 	$(BIN)/moeprune demo --out demo-out --force
@@ -39,6 +39,12 @@ figures: $(STAMP)
 	$(BIN)/python benchmarks/verify_rules.py
 	$(BIN)/python tests/architectures.py
 
+# All methods at three sizes, and docs/compare.md. Stop it and run it again: finished cells stay.
+compare: $(STAMP)
+	$(BIN)/moeprune compare demo --methods all --ratios 0.25,0.5,0.75 --patterns 2:4 \
+	  --out compare-out
+	$(BIN)/python benchmarks/compare_figures.py compare-out
+
 # torch is installed first and by its exact version: only then is it the CPU build.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,4 +68,4 @@ $(VLLM_STAMP): tests/serving/requirements.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) demo-out
+	rm -rf $(VENV) $(VLLM) demo-out compare-out

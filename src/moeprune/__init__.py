@@ -41,6 +41,7 @@ _HOME = {
     "load": "moeprune.models.runtime",
     "merge_statistics": "moeprune.models.store",
     "plan": "moeprune.pipeline.planning",
+    "plan_diff": "moeprune.pipeline.comparison",
     "prune": "moeprune.pipeline.stages",
     "read_plan": "moeprune.models.store",
     "register": "moeprune.core.method",
@@ -72,6 +73,7 @@ __all__ = [
     "load",
     "merge_statistics",
     "plan",
+    "plan_diff",
     "prune",
     "read_plan",
     "register",
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from moeprune.models.store import merge_statistics, read_plan, write_plan
     from moeprune.pipeline.arena.run import Grid, compare
     from moeprune.pipeline.calibration import calibrate
+    from moeprune.pipeline.comparison import plan_diff
     from moeprune.pipeline.inputs import Compute, Text
     from moeprune.pipeline.inspection import inspect
     from moeprune.pipeline.planning import plan

@@ -404,3 +404,17 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_plan_diff(run: Run, novices: Path, stats: Path) -> None:
+    other = ["--method", "mone-ls", "--ratio", "0.25", "--statistics", stats]
+    assert run("plan", "demo", *other, "--out", "other.json").code == 0
+    found = as_json(run("plan-diff", novices, "other.json", "--json"))
+    assert found["format"] == "moeprune.plan-diff/1"
+    assert found["methods"] == ["mone", "mone-ls"]
+    assert found["differs"]["budget"] == {"ratio": [0.5, 0.25]}
+    assert found["all"]["both"] + found["all"]["only_first"] == 6 * 16
+    assert set(found["layers"]) == {str(index) for index in range(6)}
+    people = run("plan-diff", novices, novices)
+    assert people.code == 0 and "1.00" in people.out and "Spearman" in people.out
+    assert run("plan-diff", novices, novices.with_name("none.json")).code == 2

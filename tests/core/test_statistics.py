@@ -133,6 +133,8 @@ def test_the_other_sums_against_loops() -> None:
         "hidden.sum_EI": torch.zeros(E, inner),
         "input-gram.gram_EHH": torch.zeros(E, H, H),
         "hidden-gram.gram_EII": torch.zeros(E, inner, inner),
+        "novice-gram.moments_EKK": torch.zeros(E, H + 1, H + 1),
+        "novice-gram.cross_EHK": torch.zeros(E, H, H + 1),
         "router.sum_E": torch.zeros(E),
         "router.gram_EE": torch.zeros(E, E),
         "router.prob_E": torch.zeros(E),
@@ -147,6 +149,7 @@ def test_the_other_sums_against_loops() -> None:
         expected["routing.top1_E"][chosen[int(ROWS.gate_TK[t].argmax())]] += 1
         for k, e in enumerate(chosen):
             g, h = ROWS.gate_TK[t, k].double(), ROWS.h_TEI[t, e].double()
+            f, x1 = ROWS.f_TEH[t, e].double(), torch.cat((torch.ones(1).double(), x))
             for other in chosen:
                 expected["routing.together_EE"][e, other] += 1
             for name, value in (
@@ -159,6 +162,8 @@ def test_the_other_sums_against_loops() -> None:
                 ("hidden.gated_sq_EI", (g * h) ** 2),
                 ("hidden.sum_EI", h),
                 ("input-gram.gram_EHH", torch.outer(x, x)),
+                ("novice-gram.moments_EKK", g * g * torch.outer(x1, x1)),
+                ("novice-gram.cross_EHK", g * g * torch.outer(f, x1)),
                 ("hidden-gram.gram_EII", torch.outer(h, h)),
             ):
                 expected[name][e] += value

@@ -76,7 +76,7 @@ class Toy:
             statistics,
             weights,
             lambda: PlainBlock(weights),
-            lambda: {"gate.weight": router_RH[self.places]},
+            router=lambda: {"gate.weight": router_RH[self.places]},
         )
 
 

@@ -154,9 +154,10 @@ def slow_merge(
             order = range(world.shape.intermediate)
             if e != to and not alone and share[e]:
                 order = slow_order(world, to, e, how)
-            for role, matrix in merged.items():
+            for role in world.shape.roles:
                 own = world.weights.matrix(e, role).double()
-                matrix += share[e] * (own[:, list(order)] if role == "down" else own[list(order)])
+                own = own[:, list(order)] if role == "down" else own[list(order)]
+                merged[role] += share[e] * own
         made[core] = merged
     return made
 

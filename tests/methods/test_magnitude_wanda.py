@@ -166,9 +166,7 @@ def test_the_group_is_part_of_the_plan_file() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "dbrx", "llama4_text"])
-def test_magnitude_on_disk(
-    model_type: str, tiny: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_magnitude_on_disk(model_type: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """Fused, transposed and interleaved matrices: gate and up are matrices of their own."""
     source = tiny(model_type)
     plan = stages.plan(source, "magnitude", Budget(ratio=0.3), compute=COMPUTE)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.ops.test_ops_sparsegpt import textbook
 from core.rows import SMALL, Rows, Weights, collected, random_rows, random_weights, view_of
-from methods.conftest import calibration_ids
+from methods.conftest import calibration_ids, experts_of, hidden_and_output, watch
 from methods.test_magnitude_wanda import lowest_of_matrix
 from moeprune.core.budget import Budget
 from moeprune.core.method import Context
@@ -24,11 +24,14 @@ from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import BudgetError, MoepruneError
 from moeprune.methods.sparsegpt import GRAMS, SparseGPT
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.data import token_keys
+from moeprune.models.layout import DiskExperts, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.sites import MoESite
 from moeprune.models.walk import Batch, Walk
-from moeprune.models.data import token_keys
 from moeprune.pipeline import stages
+from moeprune.pipeline.verification import verify
+from support import matrices, open_stock
 
 NEEDS = SparseGPT.needs
 WEIGHTS = random_weights(SMALL)
@@ -181,3 +184,63 @@ def test_parts_of_a_walk_equal_the_whole(
         assert torch.equal(logits, torch.cat([walk.logits_of(i) for i in range(len(batches))]))
     one = 4 * (32**2 + 48**2) * 4  # bytes of one expert, of four that are held
     assert parts == [-(-8 // max(1, min(8, limit // one)))] * 4
+
+
+def test_sequential_plans_on_disk(
+    tiny: Callable[[str], Path], text: stages.Text, tmp_path: Path
+) -> None:
+    """The first layer is that of the textbook; zeros are counted; what is written verifies."""
+    source = tiny("mixtral")
+    plan = stages.plan(source, SparseGPT(), Budget(ratio=0.5), text=text, compute=COMPUTE)
+    reference = open_stock(source)
+    seen = watch(reference, calibration_ids(source, text))[0]
+    experts = experts_of(reference, 0)
+    stored = plan.layers[0].stored
+    assert stored is not None
+    for e in (0, 3):
+        tokens, _ = torch.nonzero(seen.index_TK == e, as_tuple=True)
+        assert len(tokens) >= 16
+        with torch.no_grad():
+            h_nI, _ = hidden_and_output(experts, e, seen.x_TH[tokens])
+        for role, x_nI in (("up", seen.x_TH[tokens]), ("down", h_nI)):
+            old = matrices(experts, e)[role].detach().double().numpy()
+            expected = textbook(old, x_nI.double().numpy(), 0.5)
+            found = stored.matrix(e, role).double().numpy()
+            assert (np.equal(found == 0, expected == 0)).mean() > 0.999
+            np.testing.assert_allclose(found, expected, rtol=0.02, atol=1e-3)
+    sizes = stages.apply(source, plan, tmp_path / "out")
+    written, zeros = LayeredModel(Checkpoint.open(tmp_path / "out")), 0
+    layout = expert_layout(written)
+    for site in written.sites.values():
+        weights = DiskExperts(written.checkpoint, layout, site)
+        for e in range(8):
+            for role in ROLES:
+                zero = int((weights.matrix(e, role) == 0).sum())
+                assert zero == weights.matrix(e, role).numel() // 2
+                zeros += zero
+    assert sizes.parameters[0] == sizes.parameters[1]
+    assert sizes.nonzero[0] - sizes.nonzero[1] == zeros
+    assert verify(tmp_path / "out").passed()
+    again = stages.plan(
+        source, SparseGPT(memory=1e-4), Budget(ratio=0.5), text=text, compute=COMPUTE
+    )
+    for index, layer in plan.layers.items():
+        one, two = layer.stored, again.layers[index].stored
+        assert one is not None and two is not None
+        assert one.reference == two.reference, "the limit of memory should change nothing"
+
+
+def test_later_layers_see_pruned_ones(
+    tiny: Callable[[str], Path], text: stages.Text, tmp_path: Path
+) -> None:
+    source = tiny("mixtral")
+    stages.calibrate(source, tmp_path / "statistics", text, NEEDS, COMPUTE)
+    half = Budget(pattern=(2, 4))
+    dense = stages.plan(source, SparseGPT(propagate="dense"), half, tmp_path / "statistics")
+    pruned = stages.plan(source, SparseGPT(), half, text=text, compute=COMPUTE)
+    same = []
+    for index in sorted(dense.layers):
+        one, two = dense.layers[index].stored, pruned.layers[index].stored
+        assert one is not None and two is not None
+        same.append(torch.equal(one.matrix(0, "up"), two.matrix(0, "up")))
+    assert same == [True, False, False, False]

@@ -12,6 +12,7 @@ from moeprune.cli import output
 from moeprune.cli.compare import compare
 from moeprune.cli.demo import demo
 from moeprune.cli.listings import inspect, methods, models
+from moeprune.cli.plan_diff import plan_diff
 from moeprune.cli.run import run
 from moeprune.cli.stages import apply, calibrate, evaluate, merge, plan, prune
 from moeprune.cli.verify import verify
@@ -34,6 +35,7 @@ for command in (
     calibrate,
     merge,
     plan,
+    plan_diff,
     apply,
     prune,
     evaluate,
@@ -79,5 +81,5 @@ def main() -> None:
         output.error(f"{error.strerror or error}{culprit}")
         sys.exit(2)
     if code == _INTERRUPTED:
-        output.note("interrupted; nothing was kept")
+        output.note("interrupted; what was not finished was not kept")
     sys.exit(code or 0)

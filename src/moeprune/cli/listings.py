@@ -52,6 +52,12 @@ def methods(as_json: AsJson = False) -> None:
     for entry in listed:
         name = str(entry.pop("name"))
         output.print_facts(name, entry)
+    output.OUT.print(
+        "Methods that zero weights keep all tensors dense: no mainstream server is smaller or "
+        "faster for zeros (2026). 'bytes' in tables is what is on disk, another column counts "
+        "non-zeros.",
+        soft_wrap=True,
+    )
 
 
 def models(as_json: AsJson = False) -> None:

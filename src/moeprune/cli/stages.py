@@ -53,7 +53,9 @@ def calibrate(
     length: Length = 2048,
     collect: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Accumulators, comma-separated; default: all but the Gram matrices and residual."),
+        typer.Option(
+            help="Accumulators, comma-separated; default: all but Gram ones and residual."
+        ),
     ] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",

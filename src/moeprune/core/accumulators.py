@@ -10,89 +10,35 @@ Batches are summed in float32, totals in float64. Specification: METHODS §1.3.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from moeprune.core.accumulating import Accumulator, BlockRows, ExpertRows
+from moeprune.core.accumulating import zeros as _zeros
 from moeprune.core.shapes import LayerShape
 
+__all__ = [
+    "ACCUMULATORS",
+    "LIGHT",
+    "SAMPLE_SIZE",
+    "Accumulator",
+    "BlockRows",
+    "ExpertRows",
+    "Hidden",
+    "HiddenGram",
+    "InputGram",
+    "Inputs",
+    "NoviceGram",
+    "Outputs",
+    "RouterGram",
+    "Routing",
+    "TokenSample",
+]
+
 SAMPLE_SIZE = 512
-
-
-@dataclass(frozen=True)
-class ExpertRows:
-    """The tokens that one batch routed to one expert; padding is not among them.
-
-    Attributes:
-        expert: e.
-        x_nH: inputs of the gate and up matrices.
-        gate_n: the weights that the block multiplies into the outputs, float32.
-        h_nI: inputs of the down matrix, act(G x) * (U x).
-        f_nH: outputs, before the gate.
-    """
-
-    expert: int
-    x_nH: Tensor
-    gate_n: Tensor
-    h_nI: Tensor
-    f_nH: Tensor
-
-
-@dataclass(frozen=True)
-class BlockRows:
-    """One batch as the MoE block saw it; padding is not among the tokens.
-
-    Attributes:
-        x_TH: inputs of the block.
-        index_TK: experts selected; ids >= E are slots without an expert and count for nobody.
-        gate_TK: their weights, float32.
-        logits_TR: the router's first output, or None if nobody asked for it.
-        key_T: one number per token, the same for the same token in every run (int64).
-    """
-
-    x_TH: Tensor
-    index_TK: Tensor
-    gate_TK: Tensor
-    logits_TR: Tensor | None
-    key_T: Tensor
-
-
-class Accumulator(ABC):
-    """Typed sums over the tokens of one layer. All fields of a subclass are tensors."""
-
-    name: ClassVar[str]
-    needs_router: ClassVar[bool] = False
-    sampled: ClassVar[bool] = False
-    """Whether sizes that the layer's shape does not give are 0 while no token was seen."""
-
-    @classmethod
-    @abstractmethod
-    def empty(cls, shape: LayerShape, device: torch.device) -> Accumulator:
-        """Sums over no tokens."""
-
-    def add_expert(self, rows: ExpertRows) -> None:  # noqa: B027  (optional hook)
-        """Add the tokens of one expert in one batch."""
-
-    def add_block(self, rows: BlockRows) -> None:  # noqa: B027  (optional hook)
-        """Add one batch at the level of the block."""
-
-    def merge(self, other: Accumulator) -> None:
-        """Add the sums of ``other``, which has seen other tokens of the same layer."""
-        for name, tensor in self.tensors():
-            tensor.add_(getattr(other, name))
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The fields and their tensors, in order of declaration."""
-        for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            yield field.name, getattr(self, field.name)
-
-
-def _zeros(*sizes: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.zeros(*sizes, dtype=dtype, device=device)
 
 
 def _plain_and_squared_gate(gate_n: Tensor) -> Tensor:
@@ -311,6 +257,35 @@ class HiddenGram(Accumulator):
 
 
 @dataclass
+class NoviceGram(Accumulator):
+    """Second moments weighted by g^2, with which any affine map of x is fitted to f.
+
+    moments_EKK = sum g^2 [1, x] [1, x]^T and cross_EHK = sum g^2 f [1, x]^T, K = H + 1, float32:
+    large; only for methods that ask for it.
+    """
+
+    name: ClassVar[str] = "novice-gram"
+    moments_EKK: Tensor
+    cross_EHK: Tensor
+
+    @classmethod
+    def empty(cls, shape: LayerShape, device: torch.device) -> NoviceGram:
+        """Sums over no tokens."""
+        E, H, K = shape.experts, shape.hidden, shape.hidden + 1
+        return cls(
+            _zeros(E, K, K, device=device, dtype=torch.float32),
+            _zeros(E, H, K, device=device, dtype=torch.float32),
+        )
+
+    def add_expert(self, rows: ExpertRows) -> None:
+        """Add one expert's tokens."""
+        gate_n1 = rows.gate_n.float()[:, None]
+        gx_nK = torch.cat((gate_n1, gate_n1 * rows.x_nH.float()), dim=1)
+        self.moments_EKK[rows.expert].addmm_(gx_nK.T, gx_nK)
+        self.cross_EHK[rows.expert].addmm_((gate_n1 * rows.f_nH.float()).T, gx_nK)
+
+
+@dataclass
 class RouterGram(Accumulator):
     """Sum z and sum z z^T of the router's first output z, over its first E columns.
 
@@ -405,6 +380,7 @@ ACCUMULATORS: dict[str, type[Accumulator]] = {
     kind.name: kind
     for kind in (
         Routing, Inputs, Hidden, Outputs, RouterGram, TokenSample, InputGram, HiddenGram,
+        NoviceGram,
     )
 }  # fmt: skip
 

@@ -22,7 +22,6 @@ from moeprune.core.ops.masks import matrix_keep_mask, nm_keep_mask, row_keep_mas
 from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import PlanError
 
-
 MASK_GROUPS = ("row", "matrix")
 
 
@@ -163,6 +162,10 @@ class Neurons:
         """One new matrix, float32."""
         index_N4 = self.index_N4[self.index_N4[:, 0] == position].long()
         factor_N = self.factor_N3[self.index_N4[:, 0] == position, ROLES.index(role)]
+        if self._is_copy(index_N4, factor_N):  # bit for bit: a sum would lose the sign of zeros
+            whole = old.matrix(int(index_N4[0, 2]), role)
+            if whole.shape[whole.ndim - 1 if role == "down" else 0] == self.width:
+                return whole
         made: Tensor | None = None
         for expert in sorted(set(index_N4[:, 2].tolist())):  # one old matrix in memory at a time
             own = index_N4[:, 2] == expert
@@ -175,6 +178,17 @@ class Neurons:
         if made is None:
             raise PlanError(f"the new expert {position} has no neurons")
         return made.T.contiguous() if role == "down" else made
+
+    def _is_copy(self, index_N4: Tensor, factor_N: Tensor) -> bool:
+        """Whether the entries of a new expert are neurons 0..J-1 of one old expert, unchanged."""
+        if len(index_N4) != self.width or not bool((factor_N == 1).all()):
+            return False
+        own = torch.arange(self.width)
+        return bool(
+            (index_N4[:, 2] == index_N4[0, 2]).all()
+            and torch.equal(index_N4[:, 1], own)
+            and torch.equal(index_N4[:, 3], own)
+        )
 
     def shares(self, position: int) -> dict[int, float]:
         """How much of one new expert each old one is, by the down factors of its entries; sum 1.

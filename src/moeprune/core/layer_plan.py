@@ -26,7 +26,8 @@ class LayerPlan:
         keep: experts whose weights stay, ascending.
         replaced: experts that become constant vectors ("novices"), ascending.
         scores: the method's score per expert, by name; None where it has none.
-        novices_NH: the constants of ``replaced``, in that order.
+        novices_NH: the constants of ``replaced``, in that order; or maps v + B A x of rank r, each
+            packed into (1 + 2 r) H values: v, the rows of A, the columns of B.
         mask: weights to zero inside the kept experts.
         notes: what a reader of the plan should know about this layer.
         neurons: what the kept experts are rebuilt from: merged or narrowed experts.
@@ -85,7 +86,8 @@ class LayerPlan:
             )
         if self.novices_NH is not None or self.replaced:
             size = () if self.novices_NH is None else tuple(self.novices_NH.shape)
-            if size != (len(self.replaced), shape.hidden):
+            packed = len(size) == 2 and size[1] > 0 and size[1] % (2 * shape.hidden) == shape.hidden
+            if not packed or size[0] != len(self.replaced):
                 raise PlanError(
                     f"{where}: novices of shape {list(size)}, expected one row of {shape.hidden} "
                     f"for each of {len(self.replaced)} replaced experts",

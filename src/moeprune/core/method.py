@@ -150,6 +150,7 @@ class Method(ABC):
         budgets: the budget kinds it understands (``ratio``, ``keep``, ``tau``, ``pattern``).
         needs: accumulators that it reads; empty for a data-free method.
         changes: what it does to values, as a verb phrase; None if it only deletes experts.
+        unedited: the option that makes a sequential method score the unedited model instead.
     """
 
     name: ClassVar[str]
@@ -158,6 +159,7 @@ class Method(ABC):
     budgets: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ()
     changes: ClassVar[str | None] = None
+    unedited: ClassVar[str] = "propagate=dense"
 
     @property
     def sequential(self) -> bool:

@@ -123,7 +123,7 @@ class Plan:
             seed=get(data, "seed", int, "plan"),
             warnings=texts(data, "warnings", "plan"),
             versions=get(data, "versions", dict, "plan"),
-            drop_layers=ids({"drop_layers": []} | data, "drop_layers", "plan"),
+            drop_layers=ids({"drop_layers": []} | data, "drop_layers", "plan", "layer"),
         )
         try:
             json_bytes(data)

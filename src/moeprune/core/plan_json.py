@@ -219,11 +219,11 @@ def get(data: dict[str, Any], name: str, kind: type, where: str) -> Any:
     return value
 
 
-def ids(entry: dict[str, Any], name: str, where: str) -> tuple[int, ...]:
+def ids(entry: dict[str, Any], name: str, where: str, what: str = "expert") -> tuple[int, ...]:
     """A list of ids of experts or layers."""
     values = get(entry, name, list, where)
     if not all(isinstance(e, int) and not isinstance(e, bool) for e in values):
-        raise PlanError(f"{where}: {name!r} is not a list of ids")
+        raise PlanError(f"{where}: {name!r} is not a list of {what} ids")
     return tuple(values)
 
 

@@ -28,8 +28,8 @@ class HCSMoE(Method):
     experts that are closest (Euclidean distance of the o_e, linked as ``linkage`` says) are united
     until the budget is met. A cluster becomes the average of its experts, weighted by how often
     each was selected; its core, whose id and router row stay, is the expert closest to the
-    cluster's mean. An expert that saw no token gives its cluster nothing, unless nobody in it saw
-    one. With routing groups, each is clustered by itself.
+    mean of the o_e, weighted by use. An expert that saw no token gives its cluster nothing, unless
+    nobody in it saw one. With routing groups, each is clustered by itself.
 
     Options:
         linkage: distance of clusters: ``average``, ``single``, ``complete``.
@@ -63,8 +63,8 @@ class HCSMoE(Method):
         scores = {"tokens": tuple(map(float, count_E.tolist()))}
         if keep == shape.experts:
             return untouched(view.shape, scores)
-        pinned, forbidden = context.pinned_in(shape.layer), context.forbidden_in(shape.layer)
-        core_of = self._core_of(self._mean_outputs(view, context), keep, shape, pinned, forbidden)
+        mean_EH = self._mean_outputs(view, context)
+        core_of = self._core_of(mean_EH, count_E.cpu(), keep, shape, context)
         use_E = count_E if self.merge == "frequency" else torch.ones_like(count_E)
         groups = Groups.weighted(core_of, use_E)
         order = align_groups(groups, view, self.align)
@@ -90,12 +90,13 @@ class HCSMoE(Method):
     def _core_of(
         self,
         mean_EH: Tensor,
+        count_E: Tensor,
         keep: int,
         shape: LayerShape,
-        pinned: Collection[int],
-        forbidden: Collection[int],
+        context: Context,
     ) -> list[int]:
         """For each expert the core of its cluster, ``keep`` cores in all."""
+        pinned, forbidden = context.pinned_in(shape.layer), context.forbidden_in(shape.layer)
         distance_EE = torch.cdist(mean_EH, mean_EH, compute_mode="donot_use_mm_for_euclid_dist")
         distance_EE = torch.nan_to_num((distance_EE + distance_EE.T) / 2, nan=torch.inf)
         core_of = [-1] * shape.experts
@@ -108,7 +109,7 @@ class HCSMoE(Method):
             found = clusters(near, keep // shape.groups, self.linkage, fixed)
             named = [[free[i] for i in cluster] for cluster in found]
             for cluster in named:
-                core = _central(cluster, mean_EH, pinned)
+                core = _central(cluster, mean_EH, count_E, pinned)
                 for e in cluster:
                     core_of[e] = core
             for e in sorted(set(own) & set(forbidden)):
@@ -125,13 +126,20 @@ class HCSMoE(Method):
         return named[far.index(min(far))][0]
 
 
-def _central(cluster: list[int], mean_EH: Tensor, pinned: Collection[int]) -> int:
-    """The pinned expert of a cluster, or the one closest to its mean (of equals the first)."""
+def _central(cluster: list[int], mean_EH: Tensor, count_E: Tensor, pinned: Collection[int]) -> int:
+    """The pinned expert of a cluster, or the one closest to its mean, weighted by use.
+
+    Of equals the first: of two experts that are used equally, both are as close.
+    """
     for e in cluster:
         if e in pinned:
             return e
-    far = (mean_EH[cluster] - mean_EH[cluster].mean(dim=0)).norm(dim=1)
-    return cluster[int(torch.nan_to_num(far, nan=torch.inf).numpy().argmin())]
+    use_c = count_E[cluster].double()
+    use_c = use_c if bool(use_c.any()) else torch.ones_like(use_c)
+    centre_H = (use_c[:, None] * mean_EH[cluster]).sum(dim=0) / use_c.sum()
+    far_c = torch.nan_to_num((mean_EH[cluster] - centre_H).norm(dim=1), nan=torch.inf)
+    near_c = far_c <= far_c.min() * (1 + 1e-9)
+    return cluster[int(near_c.double().numpy().argmax())]
 
 
 def _check(free: int, pinned: int, keep: int, shape: LayerShape) -> None:

@@ -23,7 +23,9 @@ class Magnitude(Method):
     """
 
     name: ClassVar[str] = "magnitude"
-    summary: ClassVar[str] = "zero the smallest weights inside experts; needs no data"
+    summary: ClassVar[str] = (
+        "zero the smallest weights inside experts; needs no data; file and speed stay"
+    )
     source: ClassVar[str] = "baseline of arXiv 2306.11695"
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "pattern")
     changes: ClassVar[str | None] = "zeroes weights"

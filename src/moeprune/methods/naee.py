@@ -45,6 +45,7 @@ class NAEE(Method):
     source: ClassVar[str] = "arXiv 2402.14800"
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "keep")
     needs: ClassVar[tuple[str, ...]] = NEEDS
+    unedited: ClassVar[str] = "mode=dense"
 
     search: Literal["auto", "exhaustive", "greedy", "beam"] = "auto"
     width: Annotated[int, Field(ge=1, le=1024)] = 1

@@ -44,7 +44,9 @@ class SparseGPT(Method):
     """
 
     name: ClassVar[str] = "sparsegpt"
-    summary: ClassVar[str] = "zero weights inside experts and update the others (OBS)"
+    summary: ClassVar[str] = (
+        "zero weights inside experts and update the others (OBS); file and speed stay"
+    )
     source: ClassVar[str] = "arXiv 2301.00774"
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "pattern")
     needs: ClassVar[tuple[str, ...]] = ("routing", *GRAMS)

@@ -24,7 +24,7 @@ class Wanda(ColumnNormMethod):
     """
 
     name: ClassVar[str] = "wanda"
-    summary: ClassVar[str] = "zero weights inside experts by |W| x input norm"
+    summary: ClassVar[str] = "zero weights inside experts by |W| x input norm; file and speed stay"
     source: ClassVar[str] = "arXiv 2306.11695"
 
     def squared_norms(self, inputs: Inputs, hidden: Hidden) -> tuple[Tensor, Tensor]:

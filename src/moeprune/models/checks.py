@@ -56,8 +56,10 @@ def _check_depth(model: LayeredModel, plan: Plan) -> None:
         raise PlanError(f"plan: 'drop_layers' must be ascending ids of {layers} decoder layers")
     if len(dropped) == layers:
         raise PlanError("plan: 'drop_layers' leaves no layer", "keep at least one")
-    whole = {index: LayerPlan(index, p.experts, tuple(range(p.experts)), scores=p.scores)
-             for index, p in plan.layers.items()}
+    whole = {
+        index: LayerPlan(index, p.experts, tuple(range(p.experts)), scores=p.scores)
+        for index, p in plan.layers.items()
+    }
     if any(replace(p, notes=()) != whole[index] for index, p in plan.layers.items()):
         raise PlanError(
             "a plan that drops layers cannot edit the experts of others",

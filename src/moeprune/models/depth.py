@@ -311,4 +311,3 @@ def _plain(module: nn.Module) -> dict[str, Any]:
             or (isinstance(value, (list, tuple)) and all(isinstance(v, _PLAIN) for v in value))
         )
     }
-

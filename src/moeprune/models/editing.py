@@ -41,6 +41,7 @@ from moeprune.models.generated import (
 from moeprune.models.layout import DiskTensor
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import model_class, native_class, remote_class
+from moeprune.models.novices import set_novices
 from moeprune.models.quantised import (
     bf16_piece,
     parameters,
@@ -273,6 +274,8 @@ class Editor:
             without_heads(config)
         text = config.get("text_config")  # with towers, the language model's part
         (text if isinstance(text, dict) else config).update(described(self.plan))
+        if self.novices:
+            set_novices(config, self.model.sites, self.plan)
         return set_code(config, self.code, model_class(self.checkpoint, self.model.config))
 
     @cached_property
@@ -324,10 +327,9 @@ class Editor:
 
 
 def described(plan: Plan) -> dict[str, Any]:
-    """What config.json says about experts that stock classes do not know."""
+    """What config.json says about kept experts that stock classes do not know."""
     layers = sorted(plan.layers.items())
     found = {
-        "approximate_experts": {str(i): list(p.replaced) for i, p in layers if p.replaced},
         "experts_served_by": {str(i): list(p.served_by) for i, p in layers if p.served_by},
         "expert_offsets": [i for i, p in layers if p.offsets_CH is not None],
         "expert_skipping": {str(i): p.skipping.to_json() for i, p in layers if p.skipping},

@@ -9,6 +9,9 @@ Layout on disk: ``config.approximate_experts = {"<layer>": [ids of novices]}``. 
 stored one by one, the remaining ones keep their ids and ``<experts>.<id>.approx_value`` [H] is a
 novice. Where they are stored fused, the fused tensors hold the remaining experts in ascending order
 and ``<experts>.novice_value`` [R, H] the novices.
+
+With ``config.approximate_rank = r`` a novice is a map v + B (A x) of its input x instead, and its
+row holds (1 + 2 r) H values: v, the r rows of A, the r columns of B.
 """
 
 import re
@@ -27,6 +30,12 @@ def novices_of(config, layer):
     """The ids that are novices in a layer, ascending."""
     table = getattr(config.get_text_config(), "approximate_experts", None) or {}
     return sorted(int(e) for e in table.get(str(layer), ()))
+
+
+def rank_of(config):
+    """The rank of the novices' maps; 0 where they are constants."""
+    rank = getattr(config.get_text_config(), "approximate_rank", 0)
+    return rank if isinstance(rank, int) and rank > 0 else 0
 
 
 class MergeKept(MergeModulelist):
@@ -140,13 +149,21 @@ class NoviceExperts:
             *args,
             **kwargs,
         )
-        constant = nn.functional.embedding_bag(
-            (slot - self.num_experts).clamp(min=0),
-            self.novice_value.float(),
-            per_sample_weights=top_k_weights.float().masked_fill(~novice, 0),
-            mode="sum",
+        row = (slot - self.num_experts).clamp(min=0)
+        gate = top_k_weights.float().masked_fill(~novice, 0)
+        value = self.novice_value.float()
+        width = value.shape[1] // (1 + 2 * self.novice_rank)
+        added = nn.functional.embedding_bag(
+            row, value[:, :width].contiguous(), per_sample_weights=gate, mode="sum"
         )
-        return out + constant.to(out.dtype)
+        if self.novice_rank:
+            # each token through all maps, times its gate for each: 0 for most
+            maps = value[:, width:].view(len(value), 2, -1, width)
+            gates = gate.new_zeros(len(gate), len(value)).scatter_add_(1, row, gate)
+            inner = hidden_states.float() @ maps[:, 0].flatten(0, 1).T
+            inner = inner.unflatten(1, (-1, self.novice_rank))
+            added = added + (inner * gates[:, :, None]).flatten(1) @ maps[:, 1].flatten(0, 1)
+        return out + added.to(out.dtype)
 
 
 def install(model):
@@ -165,7 +182,9 @@ def install(model):
                 setattr(experts, key, nn.Parameter(data, requires_grad=p.requires_grad))
         down = experts.down_proj
         hidden = down.shape[2] if experts.is_transposed else down.shape[1]
-        value = torch.zeros(len(novices), hidden, dtype=down.dtype, device=down.device)
+        experts.novice_rank = rank_of(model.config)
+        width = hidden * (1 + 2 * experts.novice_rank)
+        value = torch.zeros(len(novices), width, dtype=down.dtype, device=down.device)
         experts.novice_value = nn.Parameter(value)
         experts.num_experts = len(kept)
         experts._is_expert_parallel = True  # makes ids >= num_experts legal in the fast kernels

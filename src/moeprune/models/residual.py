@@ -22,7 +22,10 @@ class ResidualTap:
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._sizes = [batch.ids_BL.shape for batch in batches]
-        all_keys, all_places, last_keys, last_places = [], [], [], []
+        all_keys: list[Tensor] = []
+        all_places: list[Tensor] = []
+        last_keys: list[Tensor] = []
+        last_places: list[Tensor] = []
         for number, batch in enumerate(batches):
             B, L = batch.ids_BL.shape
             mask_BL = batch.mask_BL if batch.mask_BL is not None else torch.ones(B, L)

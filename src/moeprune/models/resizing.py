@@ -79,7 +79,10 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def replace_outputs(experts: Any, constants: Mapping[int, Tensor], device: torch.device) -> None:
-    """Let some experts of a loaded layer return constants, each times its gate."""
+    """Let some experts of a loaded layer return constants or affine maps, each times its gate.
+
+    Vectors longer than the block is wide are maps, packed as in ``LayerPlan.novices_NH``.
+    """
     own = experts.forward
     E, H = int(experts.num_experts), len(next(iter(constants.values())))
     table_EH = torch.zeros(E, H, dtype=torch.float32, device=device)
@@ -88,11 +91,23 @@ def replace_outputs(experts: Any, constants: Mapping[int, Tensor], device: torch
     gone_E = torch.zeros(E, dtype=torch.bool, device=device)
     gone_E[list(constants)] = True
 
+    def mapped(x_TH: Tensor, index_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """The part B A x of every replaced expert, one after the other."""
+        added_TH = torch.zeros_like(x_TH, dtype=torch.float32)
+        width = x_TH.shape[-1]
+        for expert in constants if width < H else ():
+            a_rH, bt_rH = table_EH[expert, width:].view(2, -1, width)
+            gate_T1 = gates_TK.masked_fill(index_TK != expert, 0.0).sum(dim=1, keepdim=True)
+            added_TH += gate_T1 * ((x_TH.float() @ a_rH.T) @ bt_rH)
+        return added_TH
+
     def forward(x_TH: Tensor, index_TK: Tensor, gate_TK: Tensor, *args: Any, **kw: Any) -> Tensor:
         gone_TK = gone_E[index_TK]
         out_TH: Tensor = own(x_TH, index_TK, gate_TK.masked_fill(gone_TK, 0.0), *args, **kw)
         gates_TK = gate_TK.float().masked_fill(~gone_TK, 0.0)
-        return out_TH + torch.einsum("tk,tkh->th", gates_TK, table_EH[index_TK]).to(out_TH.dtype)
+        rows_TKH = table_EH[index_TK, : x_TH.shape[-1]]
+        added_TH = torch.einsum("tk,tkh->th", gates_TK, rows_TKH)
+        return out_TH + (added_TH + mapped(x_TH, index_TK, gates_TK)).to(out_TH.dtype)
 
     experts.forward = forward
 

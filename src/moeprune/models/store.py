@@ -188,7 +188,6 @@ class StatisticsStore:
         ) as error:  # torch: sizes that no tensor has
             raise damaged from error
 
-
     def residual(self) -> Residual:
         """The angles of the residual stream.
 

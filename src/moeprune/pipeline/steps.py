@@ -183,6 +183,8 @@ class Steps:
             ),
         )
         seconds["apply"] = time.perf_counter() - start
+        if self.done and self.done[-1].sizes.nonzero[1] < self.done[-1].sizes.parameters[1]:
+            sizes = replace(sizes, nonzero=(self.done[-1].sizes.nonzero[1], _nonzero(target)))
         self.done.append(StepDone(plan, sizes, seconds, observed))
         if not later or known is None:
             return None
@@ -205,6 +207,12 @@ class Steps:
         self.keep.mkdir(parents=True)
         for folder in sorted(work.glob("step-*")):
             folder.rename(self.keep / folder.name)
+
+
+def _nonzero(directory: Path) -> int:
+    """Values that are not zero, counted: a plan does not know what earlier ones zeroed."""
+    checkpoint = Checkpoint.open(directory)
+    return sum(int(checkpoint.read(key).count_nonzero()) for key in checkpoint.tensors)
 
 
 def refuse_source(checkpoint: Checkpoint, out: Path) -> None:

@@ -17,7 +17,7 @@ _PATTERN = re.compile(r"(\d{1,4}):(\d{1,4})")
 
 @dataclass(frozen=True)
 class Mask:
-    """How many weights are zero: ``ratio`` of each group, n of every m by ``pattern``, or any number.
+    """How many weights are zero: ``ratio`` of each group, ``pattern`` n of every m, or any number.
 
     A group is an output ``row`` or a whole ``matrix``.
     """

@@ -131,4 +131,4 @@ def test_parts_that_cancel_or_are_empty_become_zero() -> None:
     )
     factor = equalised_factors(segments, torch.ones(2), torch.tensor([0, 0]), 1)
     assert factor[:, 0].tolist() == [0.0, 0.0]
-    assert factor[:, 1].tolist() == [0.5, 0.0]  # half of the length 1 + 0
+    assert factor[:, 1].tolist() == pytest.approx([0.5, 0.0])  # half of the length 1 + 0

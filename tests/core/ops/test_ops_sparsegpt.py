@@ -163,9 +163,7 @@ def test_permuting_the_outputs_permutes_the_result() -> None:
 
 def test_a_factor_of_the_gram_matrix_changes_nothing() -> None:
     weight, x_nI = case(8, 16, 60, dead=(4,))
-    torch.testing.assert_close(
-        ours(weight, x_nI, ratio=0.5), ours(weight, x_nI * 100.0, ratio=0.5)
-    )
+    torch.testing.assert_close(ours(weight, x_nI, ratio=0.5), ours(weight, x_nI * 100.0, ratio=0.5))
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:

@@ -83,8 +83,9 @@ def matrix_keep_mask(weight: Tensor, scale: Tensor | None, ratio: float) -> Tens
 
     Shapes and errors as for :func:`row_keep_mask`. The scores of one matrix are in memory at once.
     """
-    outputs, inputs = (int(size) for size in weight.shape[-2:])
-    count = prune_count(outputs * _inputs(weight), ratio)
+    inputs = _inputs(weight)
+    outputs = int(weight.shape[-2])
+    count = prune_count(outputs * inputs, ratio)
 
     def keep(chunk_RI: Tensor) -> Tensor:
         return lowest_excluded(chunk_RI.reshape(1, -1), count).reshape(chunk_RI.shape)

@@ -86,9 +86,8 @@ def sparsegpt(
             gone += count
             scores_OB = _scores(left_OI[:, start:end], upper_BB.diagonal(), dead_I[start:end])
             keep_OB = lowest_excluded(scores_OB.reshape(1, -1), count).view_as(scores_OB)
-        error_OB = _prune_block(
-            left_OI[:, start:end], upper_BB, dead_I[start:end], keep_OB, pattern
-        )
+        left_OB, dead_B = left_OI[:, start:end], dead_I[start:end]
+        error_OB = _prune_block(left_OB, upper_BB, dead_B, keep_OB, pattern)
         left_OI[:, end:] -= error_OB @ upper_II[start:end, end:]
     return left_OI
 
