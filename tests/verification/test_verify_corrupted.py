@@ -510,7 +510,8 @@ def test_every_rule_about_a_checkpoint_alone_has_a_test() -> None:
     from moeprune.verification.run import RULES
 
     alone = {rule.id for rule in RULES if not rule.id.startswith("against-")}
-    assert alone == {damage.rule for damage in DAMAGES}
+    elsewhere = {"answers", "offsets"}  # test_verify_rebuilt.py
+    assert alone == {damage.rule for damage in DAMAGES} | elsewhere
 
 
 def test_code_of_a_checkpoint_is_never_run(copy: Base, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from bases import edit_json, edit_tensors
 from torch import Tensor
 
 import moeprune
@@ -16,7 +17,6 @@ from edit_kinds import KINDS, plan_of
 from families import save_tiny
 from moeprune.models.store import write_plan
 from moeprune.models.surgery import apply_plan
-from verification.bases import edit_json, edit_tensors
 
 FAMILIES = ("mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3")
 REBUILT = ("merge", "narrow", "ranks", "stored", "answer", "offsets", "answer-offsets-narrow")
