@@ -30,8 +30,8 @@ CELLS = [
     "ream@0.5:propagate=dense",
     "ream@0.5:grouping=nearest",
     "dern@0.5:router=add",
-    "dern@0.5:threshold=-1",
     "dern@0.5:threshold=0.3",
+    "dern@0.5:threshold=1",
 ]  # fmt: skip
 COMPUTE = Compute(dtype="float32")
 
