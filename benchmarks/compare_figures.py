@@ -20,6 +20,7 @@ from moeprune.report.arena import COLUMNS, measured, original_cells, refusals, r
 from moeprune.report.arena import cells_of as line_of
 
 DOCS = Path(__file__).parent.parent / "docs"
+MAKE = "moeprune compare demo --methods all --ratios 0.25,0.5,0.75 --patterns 2:4 --out compare-out"
 FOUNDING = ("moe-pruner", "moeits", "mone")
 CLASSES = ((0.0, 0.45), (0.45, 0.65), (0.65, 0.85), (0.85, 1.01))
 SHOWN = tuple(name for name in COLUMNS if name not in ("layers", "of original", "parameters"))
@@ -33,7 +34,7 @@ Made by `python benchmarks/compare_figures.py DIR` from the run of
 {command}
 ```
 
-or both by `make compare`; do not edit. {model}: every plan from one calibration ({calibration}),
+{make}; do not edit. {model}: every plan from one calibration ({calibration}),
 written to disk, and measured with the same evaluator on the same held-out windows ({windows}), in
 {dtype}, together with the original. Perplexity, KL and agreement are the same on every run with the
 same versions; seconds and memory are of this machine ({cores} cores, {machine}, torch {torch},
@@ -121,6 +122,9 @@ def page(result: Mapping[str, Any]) -> str:
     heldout = result["heldout"]
     text = HEAD.format(
         command=result["command"],
+        make="or both by `make compare`"
+        if result["command"] == MAKE
+        else "a shorter run than that of `make compare`",
         model=f"Model `{result['model']['name']}`",
         calibration="; ".join(
             f"{wording.whole(t['tokens'])} tokens of {len(t['domains'])} domains" for t in texts

@@ -94,4 +94,4 @@ def test_the_picture_stands_alone(compared: tuple[Any, dict[str, Any]]) -> None:
     for content in (text.replace("http://www.w3.org/2000/svg", ""), page.replace(
         "http://www.w3.org/2000/svg", "")):  # fmt: skip
         assert "http" not in content and "<script" not in content
-    assert "mone has no --pattern" in page
+    assert "mone pattern 2:4, moeits pattern 2:4, mone:scope=global pattern 2:4: has no" in page

@@ -52,7 +52,8 @@ def test_a_method_of_somebody_else(tmp_path: Path, english_text: Path) -> None:
             "--length", "64", "--heldout", f"english={english_text}", "--windows", "2",
             "--window", "32", "--workers", "1", "--out", str(tmp_path / "run"), "--json",
         ],
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": path}, check=False, capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)["cells"].values()}

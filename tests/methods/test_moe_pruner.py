@@ -26,7 +26,7 @@ from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import DiskExperts, expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.sites import MoESite
-from moeprune.pipeline import planning, stages
+from moeprune.pipeline import deciding, stages
 from support import open_stock, tensor_digests
 
 HALF = Budget(ratio=0.5)
@@ -214,7 +214,7 @@ def in_memory(model: Path, text: stages.Text) -> tuple[Plan, dict[tuple[int, str
             zeros[layer.layer, name] = getattr(site.experts, name) == 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "edit_in_memory", spy)
+        patch.setattr(deciding, "edit_in_memory", spy)
         return stages.plan(model, MoEPruner(), HALF, text=text, compute=COMPUTE), zeros
 
 

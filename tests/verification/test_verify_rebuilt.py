@@ -12,8 +12,8 @@ import pytest
 from torch import Tensor
 
 import moeprune
+from edit_kinds import KINDS, plan_of
 from families import save_tiny
-from models.test_edits import KINDS, plan_of
 from moeprune.models.store import write_plan
 from moeprune.models.surgery import apply_plan
 from verification.bases import edit_json, edit_tensors
@@ -88,6 +88,10 @@ def served(change: Callable[[list[int]], object]) -> Callable[[Path], None]:
     return edit
 
 
+def everybody(table: list[int]) -> None:
+    table[:] = [0] * len(table)
+
+
 def gone(key: str) -> Callable[[Path], None]:
     def edit(directory: Path) -> None:
         edit_json(directory / "config.json", lambda config: config.pop(key))
@@ -98,7 +102,7 @@ def gone(key: str) -> Callable[[Path], None]:
 CORRUPTIONS = {
     "answers: out of range": ("answer", served(lambda t: t.__setitem__(0, 99)), "answers"),
     "answers: too short": ("answer", served(lambda t: t.pop()), "answers"),
-    "answers: not stored": ("answer", served(lambda t: t.__setitem__(slice(0, 8), [0] * 8)), "answers"),
+    "answers: not stored": ("answer", served(everybody), "answers"),
     "answers: table gone": ("answer", gone("experts_served_by"), "plan-counts"),
     "offsets: shape": (
         "offsets", largest_one(lambda t: t[:16].clone(), ".0.output_offset"), "offsets",

@@ -81,5 +81,5 @@ def main() -> None:
         output.error(f"{error.strerror or error}{culprit}")
         sys.exit(2)
     if code == _INTERRUPTED:
-        output.note("interrupted; nothing was kept")
+        output.note("interrupted; what was not finished was not kept")
     sys.exit(code or 0)

@@ -17,7 +17,7 @@ class Skipping:
     first gate. Routers that divide gates by their sum divide those of the others again.
 
     Attributes:
-        beta: the threshold.
+        beta: the threshold, in [0, 1].
         renormalise: whether the gates of the others are divided by their sum again.
     """
 
@@ -39,6 +39,6 @@ class Skipping:
         divided = data.get("renormalise") if isinstance(data, dict) else None
         if not isinstance(beta, (int, float)) or isinstance(beta, bool):
             beta = math.nan
-        if not 0 <= beta < math.inf or not isinstance(divided, bool):
-            raise PlanError(f"{where}: 'beta' is no number from 0 on, or 'renormalise' no boolean")
+        if not 0 <= beta <= 1 or not isinstance(divided, bool):
+            raise PlanError(f"{where}: 'beta' is not in [0, 1], or 'renormalise' no boolean")
         return cls(float(beta), divided)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from moeprune.core.budget import Budget
+from moeprune.core.method import Context
 from moeprune.core.shapes import LayerShape
 from moeprune.errors import BudgetError
 
@@ -35,3 +36,12 @@ def neurons_to_keep(budget: Budget, shape: LayerShape, align: int) -> int:
     assert budget.ratio is not None, "callers accept ratio and keep only"
     kept = width - math.floor(width * budget.ratio + _SLACK)
     return min(math.ceil(max(kept, 1) / align) * align, width)
+
+
+def warn_of_nothing(context: Context, shape: LayerShape, align: int) -> None:
+    """Tell the user where rounding left all neurons although some should go."""
+    if context.budget.ratio:
+        context.warn(
+            f"layer {shape.layer}: {context.budget} of {shape.intermediate} neurons, rounded to a "
+            f"multiple of {align}, removes none (-o align=...)"
+        )

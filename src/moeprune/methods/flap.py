@@ -22,7 +22,7 @@ from moeprune.core.ops.neurons import (
     top,
 )
 from moeprune.core.plan import LayerPlan
-from moeprune.core.width import neurons_to_keep
+from moeprune.core.width import neurons_to_keep, warn_of_nothing
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class FLAP(Method):
         shape = view.shape
         width = neurons_to_keep(context.budget, shape, self.align)
         keep_EI = torch.ones(shape.experts, shape.intermediate, dtype=torch.bool)
-        if width < shape.intermediate:
+        if width == shape.intermediate:
+            warn_of_nothing(context, shape, self.align)
+        else:
             chosen_EJ = top(_scores(view, context), width)
             keep_EI = torch.zeros_like(keep_EI).scatter_(1, chosen_EJ, True)
         return self._plan(view, keep_EI, width)

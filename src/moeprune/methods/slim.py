@@ -14,7 +14,7 @@ from moeprune.core.edits import Neurons
 from moeprune.core.method import Context, LayerView, Method
 from moeprune.core.ops.neurons import column_energy, magnitude, survivors, top
 from moeprune.core.plan import LayerPlan
-from moeprune.core.width import neurons_to_keep
+from moeprune.core.width import neurons_to_keep, warn_of_nothing
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Slim(Method):
         width = neurons_to_keep(context.budget, shape, self.align)
         every = tuple(range(shape.experts))
         if width == shape.intermediate:
+            warn_of_nothing(context, shape, self.align)
             return LayerPlan(shape.layer, shape.experts, every)
         score_EI, size_EI, notes = self._scores(view)
         if bool(score_EI.isnan().any()):

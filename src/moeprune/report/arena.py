@@ -131,6 +131,7 @@ def refusals(result: Mapping[str, Any]) -> list[str]:
     for row in rows_of(result):
         if row["status"] in ("refused", "failed"):
             reason = row["reason"] if row["status"] == "refused" else f"failed: {row['reason']}"
+            reason = reason.removeprefix(f"{row['method']} ")  # the same reason for many methods
             reasons.setdefault(reason, []).append(title(row, result["texts"]))
     return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
 

@@ -135,8 +135,8 @@ def chart(
     sizes = [float(rows[i]["bytes"]) for i in shown]
     sizes += [] if original is None else [float(original["bytes"])]
     losses = [math.log10(max(_LEAST, rows[i]["kl"])) for i in shown]
-    x_axis = _Axis.of(sizes, LEFT, WIDTH - RIGHT, 0.02)
-    y_axis = _Axis.of(losses, HEIGHT - BOTTOM, TOP, 0.05)
+    x_axis = _Axis.of(sizes, LEFT, WIDTH - RIGHT, 0.02, 0.14)  # names stand left of their marks
+    y_axis = _Axis.of(losses, HEIGHT - BOTTOM, TOP, 0.05, 0.05)
     best = front(rows)
     at = {i: (x_axis(rows[i]["bytes"]), y_axis(math.log10(max(_LEAST, rows[i]["kl"]))))
           for i in shown}  # fmt: skip
@@ -175,11 +175,14 @@ class _Axis:
     end: float
 
     @classmethod
-    def of(cls, values: Sequence[float], start: float, end: float, least: float) -> _Axis:
-        """An axis over ``values`` with a margin of 5 %."""
+    def of(
+        cls, values: Sequence[float], start: float, end: float, least: float, before: float
+    ) -> _Axis:
+        """An axis over ``values`` with a margin of 5 %, and of ``before`` at its beginning."""
         low, high = min(values), max(values)
-        margin = max(0.05 * (high - low), least * max(1.0, abs(high)))
-        return cls(low - margin, high + margin, start, end)
+        least *= max(1.0, abs(high))
+        room = high - low
+        return cls(low - max(before * room, least), high + max(0.05 * room, least), start, end)
 
     def __call__(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low)

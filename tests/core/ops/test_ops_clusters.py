@@ -33,7 +33,7 @@ def slow(distance: Distances, threshold: float, most: int) -> list[list[int]]:
                     best = (i, j)
         if best is None:
             break
-        one, other = ({c for c in next(x for x in clusters if v in x)} for v in best)
+        one, other = (set(next(x for x in clusters if v in x)) for v in best)
         near = all(distance[best[0], m] <= threshold for m in other)
         near = near and all(distance[best[1], m] <= threshold for m in one)
         if near:

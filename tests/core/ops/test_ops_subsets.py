@@ -90,9 +90,7 @@ def test_more_than_one_batch_is_searched() -> None:
     assert exhaustive(losses, choice).dropped == best
 
 
-def _all(
-    losses: Callable[[Tensor], Tensor], choice: Choice
-) -> list[tuple[tuple[int, ...], float]]:
+def _all(losses: Callable[[Tensor], Tensor], choice: Choice) -> list[tuple[tuple[int, ...], float]]:
     subsets = list(choice.every())
     return list(zip(subsets, losses(choice.mask(subsets)).tolist(), strict=True))
 

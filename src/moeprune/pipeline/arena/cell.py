@@ -84,7 +84,7 @@ class Maker:
             plan = self.plan(cell)
             file.parent.mkdir(exist_ok=True)
             write_plan(plan, file, force=True)
-            row |= planned(cell, plan, file, time.perf_counter() - start)
+            row |= planned(plan, file, time.perf_counter() - start)
             self.run.save(cell.key, row)
         start = time.perf_counter()
         sizes = apply_plan(
@@ -126,14 +126,12 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def planned(cell: Cell, plan: Plan, file: Path, seconds: float) -> dict[str, Any]:
+def planned(plan: Plan, file: Path, seconds: float) -> dict[str, Any]:
     """What the plan adds to a row."""
-    decided = plan.to_json(None)
-    kind = kind_of(decided, cell.entry.method)
     return {
         "status": PLANNED,
-        "kind": kind,
-        "removes": removes(kind, decided, cell.entry.method),
+        "kind": kind_of(plan),
+        "removes": removes(plan),
         "plan": f"{file.parent.name}/{file.name}",
         "plan_sha256": sha256_file(file),
         "decision": _decision(plan, file),
@@ -146,7 +144,8 @@ def planned(cell: Cell, plan: Plan, file: Path, seconds: float) -> dict[str, Any
 def _decision(plan: Plan, file: Path) -> str:
     """A hash of what is done, whatever it was called and seeded by."""
     vectors = file.with_suffix(".safetensors")
-    layers = json_bytes(plan.to_json(None)["layers"])
+    whole = plan.to_json(None)
+    layers = json_bytes([whole["layers"], list(plan.drop_layers)])
     return sha256_bytes(layers + (sha256_file(vectors).encode() if vectors.is_file() else b""))
 
 

@@ -1,8 +1,8 @@
 """Checkpoints are measured in groups, each together with the original.
 
 The original is walked once per group. Keeping its log-probabilities instead would take vocabulary
-times tokens times 4 bytes (25 GB for 150 000 words and 40 000 tokens); a group of eight makes its
-walk one ninth of all walking, and holds eight checkpoints on disk.
+times tokens times 4 bytes (25 GB for 150 000 words and 40 000 tokens); a group of twelve makes its
+walk one thirteenth of all walking, and holds twelve checkpoints on disk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moeprune.models.loading import LayeredModel
 from moeprune.pipeline.inputs import Compute, Progress, Source
 
 ORIGINAL = "original"
-MOST = 8
+MOST = 12
 _STATES = 4  # hidden states that a parked batch may hold: its own, the residual, masks, positions
 _SHARE = 0.25  # of the free memory; and half of the free disk
 
@@ -43,7 +43,7 @@ class Measuring:
     progress: Progress
 
     def group_size(self, model: LayeredModel, folder: Path) -> int:
-        """How many checkpoints are measured together: what memory and disk allow, at most 8."""
+        """How many checkpoints are measured together: what memory and disk allow, at most 12."""
         tokens = sum(domain.ids_NL.numel() for domain in self.heldout)
         hidden = next(iter(model.sites.values())).shape.hidden
         states = tokens * hidden * 4 * _STATES

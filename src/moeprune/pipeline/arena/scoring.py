@@ -34,6 +34,8 @@ def gram_bytes(model: LayeredModel, names: Iterable[str]) -> int:
             total += 4 * shape.experts * shape.hidden**2
         if "hidden-gram" in wanted:
             total += 4 * shape.experts * shape.intermediate**2
+        if "novice-gram" in wanted:
+            total += 4 * shape.experts * (shape.hidden + 1) * (2 * shape.hidden + 1)
     return total
 
 

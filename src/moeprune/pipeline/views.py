@@ -1,0 +1,50 @@
+"""What methods look at, one layer after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from moeprune.core.method import LayerView
+from moeprune.core.statistics import LayerStatistics
+from moeprune.errors import DataError
+from moeprune.models.block import BlockLoader
+from moeprune.models.layout import DiskExperts, DiskTensor, read_router
+from moeprune.models.loading import LayeredModel
+from moeprune.models.sites import MoESite
+from moeprune.models.store import StatisticsStore
+from moeprune.pipeline.inputs import Progress
+
+
+class Views:
+    """One ``LayerView`` after another; can be iterated more than once."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        layout: Mapping[str, DiskTensor],
+        store: StatisticsStore | None,
+        progress: Progress,
+    ) -> None:
+        self._model, self._layout, self._store = model, dict(layout), store
+        self._progress = progress
+        self._loader = BlockLoader(model)
+
+    def view(self, site: MoESite, statistics: LayerStatistics | None) -> LayerView:
+        """One layer with these statistics."""
+        experts = DiskExperts(self._model.checkpoint, self._layout, site)
+        return LayerView(
+            site.shape,
+            statistics,
+            experts,
+            block=lambda: self._loader.block(site),
+            router=lambda: read_router(self._model.checkpoint, self._layout, site.shape.layer),
+        )
+
+    def __iter__(self) -> Iterator[LayerView]:
+        for number, (index, site) in enumerate(sorted(self._model.sites.items())):
+            statistics = None if self._store is None else self._store.layer(index)
+            if statistics is not None and statistics.shape != site.shape:
+                raise DataError(f"the statistics of layer {index} are of another shape of layer")
+            yield self.view(site, statistics)
+            self._progress("planning", number + 1, len(self._model.sites))
+        self._loader.close()
