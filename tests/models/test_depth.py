@@ -116,6 +116,14 @@ def test_verify_agrees(model_type: str, tiny: Tiny, tmp_path: Path) -> None:
     assert result.comparison["tensors_compared"] == len(Checkpoint.open(tmp_path / "out").tensors)
 
 
+def test_verify_says_where_a_layer_cannot_be_passed_by(tiny: Tiny, tmp_path: Path) -> None:
+    """Layers of zaya hand the router's states on beside the stream: no logits to compare with."""
+    without(tiny("zaya"), (1, 2), tmp_path / "out")
+    result = verify(tmp_path / "out", against=tiny("zaya"))
+    assert result.passed(), result.findings
+    assert "more than one state" in result.skipped["against-logits"]
+
+
 def test_verify_sees_another_layer_in_its_place(tiny: Tiny, tmp_path: Path) -> None:
     without(tiny("mixtral"), (1, 2), tmp_path / "out")
     plan = tmp_path / "out" / "moeprune_plan.json"

@@ -239,11 +239,15 @@ class Shallower:
 _OTHER_METHODS = "delete or replace experts instead"
 
 
+class SeveralStates(UnsupportedModelError):
+    """A decoder layer hands on more than the residual stream, so it cannot be passed by."""
+
+
 def pass_through(layer: Any) -> None:
     """Let a loaded decoder layer hand on what it gets, as if it were not there.
 
     Raises:
-        UnsupportedModelError: when it runs, if it hands on more than one state.
+        SeveralStates: when it runs, if it hands on more than one state.
     """
     forward = layer.forward
 
@@ -251,7 +255,7 @@ def pass_through(layer: Any) -> None:
         output = forward(*args, **kwargs)  # only to see what a layer of this family returns
         entered: Tensor = args[0] if args else kwargs["hidden_states"]
         if not isinstance(output, Tensor):
-            raise UnsupportedModelError("its decoder layers hand on more than one state")
+            raise SeveralStates("its decoder layers hand on more than one state")
         return entered
 
     layer.forward = skipped

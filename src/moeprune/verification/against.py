@@ -11,6 +11,7 @@ from moeprune.core.ops.tables import redirect_table
 from moeprune.errors import MoepruneError, PlanError
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.counts import PAD_BIAS, Slots
+from moeprune.models.depth import SeveralStates
 from moeprune.models.scan import FLOAT_DTYPES, digest
 from moeprune.models.writer import computed, copied, given, sliced, zeros
 from moeprune.verification.edits import Edit, Mask
@@ -239,6 +240,10 @@ def logits(subject: Subject) -> Found:
             () if reference.shallower is None else reference.shallower.dropped,
             planned,
         )
+    except SeveralStates as error:
+        raise Skip(
+            f"dropped layers of the original cannot be passed by: {error.problem}"
+        ) from error
     except (MoepruneError, RuntimeError, ValueError, IndexError) as error:
         problem = f"it cannot be run: {str(error).splitlines()[0][:160]}"
         yield Finding("against-logits", ERROR, CONFIG, None, problem, "mend the other findings")
