@@ -39,6 +39,8 @@ _HOME = {
     "plan": "moeprune.pipeline.planning",
     "prune": "moeprune.pipeline.stages",
     "read_plan": "moeprune.models.store",
+    "recipe": "moeprune.pipeline.recovery",
+    "recover": "moeprune.pipeline.recovery",
     "register": "moeprune.core.method",
     "verify": "moeprune.pipeline.verification",
     "write_plan": "moeprune.models.store",
@@ -64,6 +66,8 @@ __all__ = [
     "plan",
     "prune",
     "read_plan",
+    "recipe",
+    "recover",
     "register",
     "verify",
     "write_plan",
@@ -81,6 +85,7 @@ if TYPE_CHECKING:
     from moeprune.pipeline.inputs import Compute, Text
     from moeprune.pipeline.inspection import inspect
     from moeprune.pipeline.planning import plan
+    from moeprune.pipeline.recovery import recipe, recover
     from moeprune.pipeline.stages import apply, evaluate, prune
     from moeprune.pipeline.verification import verify
 

@@ -11,6 +11,7 @@ from moeprune import __version__
 from moeprune.cli import output
 from moeprune.cli.demo import demo
 from moeprune.cli.listings import inspect, methods, models
+from moeprune.cli.recover import recover
 from moeprune.cli.stages import apply, calibrate, evaluate, merge, plan, prune
 from moeprune.cli.verify import verify
 from moeprune.errors import MoepruneError
@@ -35,6 +36,7 @@ for command in (
     apply,
     prune,
     evaluate,
+    recover,
     verify,
     models,
     methods,
