@@ -22,7 +22,9 @@ _Text = Optional[str]  # noqa: UP045
 def recover(
     student: Model,
     out: Annotated[Path, typer.Option(help="Directory for the recovered checkpoint.")],
-    teacher: Annotated[_Text, typer.Option(help="The model that the student was made from.")] = None,
+    teacher: Annotated[
+        _Text, typer.Option(help="The model that the student was made from.")
+    ] = None,
     how: Annotated[
         str, typer.Option(help="expert-kd, router-kd, logit-kd, lora or full.")
     ] = "expert-kd",
@@ -62,7 +64,9 @@ def recover(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, to compute in.")] = "float32",
     device: Device = "cpu",
     trust_remote_code: Trust = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was cut.")
+    ] = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -127,4 +131,6 @@ def _print(result: Recovered) -> None:
     facts["kept at zero"] = result.zeros
     output.print_facts(f"recovered: {result.path}", facts)
     if result.held is not None and result.best_step == 0:
-        output.note("warning: no step was better than the student as it was; it is written as it was")
+        output.note(
+            "warning: no step was better than the student as it was; it is written as it was"
+        )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from moeprune.recovery.trainer import Progress as Run
 
-__all__ = ["Recovered", "Recipe", "Status", "recipe", "recover"]
+__all__ = ["Recipe", "Recovered", "Status", "recipe", "recover"]
 
 Listen = Callable[[Status], None]
 
@@ -267,7 +267,16 @@ class _Run:
         teach = bool(made.kl_weight) or (self.pairs is not None and made.target == "stream")
         learner = Learner(self.model, self.teacher, self.pairs, teach, made.dtype == "bfloat16")
         trainer = Trainer(
-            learner, self.groups, self.zeros, train, held, made, folder, self.accelerator, listen
+            learner,
+            self.groups,
+            self.zeros,
+            train,
+            held,
+            made,
+            folder,
+            self.accelerator,
+            listen,
+            next(iter(self.parameters.sites.values())).shape.hidden,
         )
         if resume:
             trainer.resume()

@@ -114,7 +114,9 @@ class ExpertPairs:
             experts.__dict__[_ATTRIBUTE] = pair
             experts.config._experts_implementation = IMPLEMENTATION
             if pair.stream:
-                hook = teachers[layer].experts.register_forward_pre_hook(_keeper(pair), with_kwargs=True)
+                hook = teachers[layer].experts.register_forward_pre_hook(
+                    _keeper(pair), with_kwargs=True
+                )
                 self._stack.callback(hook.remove)
 
     def close(self) -> None:

@@ -40,7 +40,9 @@ def _json(file: Path, hint: str) -> dict[str, Any]:
     try:
         found = load_json(file, _MOST)
     except FileNotFoundError:
-        raise PlanError(f"{file.parent} has no {file.name}: how it was pruned is unknown", hint) from None
+        raise PlanError(
+            f"{file.parent} has no {file.name}: how it was pruned is unknown", hint
+        ) from None
     except ValueError as error:
         raise PlanError(f"{file} is not valid JSON: {str(error)[:100]}", hint) from error
     if not isinstance(found, dict):
@@ -103,7 +105,9 @@ def pair(
         try:
             found[index] = _slots(entry, site.shape.experts, teachers[index])
         except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{student.path / PLAN_COPY}: layer {index} is malformed ({error})") from error
+            raise PlanError(
+                f"{student.path / PLAN_COPY}: layer {index} is malformed ({error})"
+            ) from error
         if len(found[index]) != site.shape.experts:
             raise PlanError(
                 f"layer {index} holds {site.shape.experts} experts, by its plan {len(found[index])}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -33,7 +34,8 @@ class Recipe:
         steps: optimiser steps.
         batch: sequences per step, over all processes and accumulated parts.
         accumulate: parts that a batch is cut into; the gradients are the mean of the parts'.
-        learning_rate: the highest; linear warm-up, then cosine to a tenth of it.
+        learning_rate: the highest; linear warm-up, then cosine to a tenth of it. 0 takes the one of
+            ``RATES`` for the width of the model: wider models want a smaller one.
         warmup: the fraction of the steps that warm up.
         weight_decay, clip: of AdamW, and of the norm of the gradient (0 does not clip).
         dtype: to compute in; trained weights and the optimiser are float32 always.
@@ -55,7 +57,7 @@ class Recipe:
     steps: int = 200
     batch: int = 16
     accumulate: int = 1
-    learning_rate: float = 1e-4
+    learning_rate: float = 0.0
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -75,7 +77,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for group in self.train:
             if group not in GROUPS:
-                raise MoepruneError(f"unknown group of parameters {group!r}", nearest(group, GROUPS))
+                raise MoepruneError(
+                    f"unknown group of parameters {group!r}", nearest(group, GROUPS)
+                )
         if self.target not in TARGETS:
             raise MoepruneError(f"unknown --target {self.target!r}", ", ".join(TARGETS))
         if self.dtype not in DTYPES:
@@ -105,15 +109,17 @@ class Recipe:
         """Steps from one saved state to the next."""
         return self.save_every or max(1, self.steps // 10)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, from 0."""
-        import math
+    def peak(self, hidden: int) -> float:
+        """The highest learning rate, for a model of that width."""
+        return self.learning_rate or RATES[self.how] / hidden
 
+    def rate(self, peak: float, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
         warm = max(1, round(self.steps * self.warmup))
         if step < warm:
-            return self.learning_rate * (step + 1) / warm
+            return peak * (step + 1) / warm
         part = (step - warm) / max(1, self.steps - warm)
-        return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part)))
+        return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part)))
 
     def to_json(self) -> dict[str, Any]:
         """All options."""
@@ -132,6 +138,9 @@ RECIPES: dict[str, Recipe] = {
     "full": Recipe("full", GROUPS),
 }
 """The defaults of every way to recover."""
+
+RATES = {"expert-kd": 0.1, "router-kd": 0.2, "logit-kd": 0.1, "lora": 0.2, "full": 0.05}
+"""Learning rate times width of the model, where none is given."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "moeits": {

@@ -76,14 +76,14 @@ class Trainer:
 
     Args:
         learner: student and teacher.
-        names: of the parameters that train, in the student.
-        parameters: the student's groups, to report gradients by.
+        groups: of the parameters that train, to report gradients by.
         zeros: what has to stay zero.
         train_NL, held_NL: sequences.
         recipe: what to do.
         folder: where the state is kept.
-        cpu: whether to stay on the CPU.
+        accelerator: the processes.
         listen: told how the run stands.
+        width: of the model.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Trainer:
         folder: StateFolder,
         accelerator: Accelerator,
         listen: Callable[[Status], None],
+        width: int,
     ) -> None:
         self.recipe, self.folder, self.listen = recipe, folder, listen
         self.accelerator = accelerator
@@ -105,12 +106,13 @@ class Trainer:
         self.zeros = zeros
         self.groups = groups
         self.plain = learner
+        self.peak = recipe.peak(width)
         self.weights = {
             name: p for name, p in learner.student.named_parameters() if p.requires_grad
         }
         optimiser = torch.optim.AdamW(
             list(self.weights.values()),
-            lr=recipe.learning_rate,
+            lr=self.peak,
             betas=(0.9, 0.95),
             weight_decay=recipe.weight_decay,
         )
@@ -171,7 +173,7 @@ class Trainer:
         """One step of the optimiser; returns what the log says."""
         recipe, now = self.recipe, self.now
         for group in self.inner.param_groups:
-            group["lr"] = recipe.rate(now.step)
+            group["lr"] = recipe.rate(self.peak, now.step)
         total: dict[str, float] = {}
         self.plain.train()
         for part in range(recipe.accumulate):
@@ -199,7 +201,12 @@ class Trainer:
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.zeros.weights()
-        return {**total, "lambda": now.lam, "gradient": norm, "rate": recipe.rate(now.step)}
+        return {
+            **total,
+            "lambda": now.lam,
+            "gradient": norm,
+            "rate": recipe.rate(self.peak, now.step),
+        }
 
     def _rows(self, step: int, part: int) -> Tensor:
         """This process's sequences of one part of a batch."""

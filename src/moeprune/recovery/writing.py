@@ -51,7 +51,9 @@ class Places:
                 self._owner[key] = name
         for key in self._owner:
             if digest(self._piece(key)) != digest(copied(key, checkpoint.tensors[key])):
-                raise UnsupportedModelError(f"{key} was not loaded as it is stored: it cannot be trained")
+                raise UnsupportedModelError(
+                    f"{key} was not loaded as it is stored: it cannot be trained"
+                )
         self._values.cache_clear()
 
     def pieces(self) -> list[Piece]:
@@ -69,7 +71,9 @@ class Places:
             counts = found.setdefault(group, [0, 0])
             counts[1] += 1
             if piece.name in self._owner:
-                counts[0] += digest(piece) != digest(copied(piece.name, self.checkpoint.tensors[piece.name]))
+                counts[0] += digest(piece) != digest(
+                    copied(piece.name, self.checkpoint.tensors[piece.name])
+                )
         return found
 
     def _piece(self, key: str) -> Piece:
