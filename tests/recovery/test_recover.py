@@ -167,7 +167,8 @@ def listen(status):
     if status.step == int(when):
         os.kill(os.getpid(), signal.SIGKILL)
 chosen = recipe("expert-kd", None, {options})
-recover(student, teacher, out, chosen, Text((text,), 40, 32), resume=bool(int(resume)), listen=listen)
+text = Text((text,), 40, 32)
+recover(student, teacher, out, chosen, text, resume=bool(int(resume)), listen=listen)
 """
 
 

@@ -131,6 +131,4 @@ def _print(result: Recovered) -> None:
     facts["kept at zero"] = result.zeros
     output.print_facts(f"recovered: {result.path}", facts)
     if result.held is not None and result.best_step == 0:
-        output.note(
-            "warning: no step was better than the student as it was; it is written as it was"
-        )
+        output.note("warning: no step was better than the student as it was, which is written")

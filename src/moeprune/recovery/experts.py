@@ -65,8 +65,8 @@ class Pair:
             return
         with torch.no_grad():
             x_nH = x_nH.detach().to(next(self.teacher.parameters()).dtype)
-            target_nH = sum(run_expert(self.teacher, e, x_nH)[1].float() for e in group)
-            target_nH = target_nH / len(group)
+            outputs = [run_expert(self.teacher, e, x_nH)[1].float() for e in group]
+            target_nH = torch.stack(outputs).mean(dim=0)
         gap_nH = f_nH.float() - target_nH
         self.error_E[expert] = gap_nH.square().mean(dim=-1).sum()
         self.count_E[expert] = len(tokens_n)
@@ -106,7 +106,7 @@ class ExpertPairs:
             kinds = {cls.__name__ for cls in type(experts).__mro__}
             if kinds.intersection(_OTHER_CALLS):
                 raise UnsupportedModelError(
-                    f"{type(experts).__name__}: experts of this family cannot be compared one by one",
+                    f"{type(experts).__name__}: experts that cannot be compared one by one",
                     "use --how logit-kd",
                 )
             pair = Pair(teachers[layer].experts, groups[layer], target == "stream")

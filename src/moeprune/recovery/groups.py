@@ -95,6 +95,13 @@ def choose(model: nn.Module, parameters: Parameters, wanted: Iterable[str]) -> t
     return names
 
 
+def trained(model: nn.Module, parameters: Parameters) -> dict[str, str]:
+    """The group of every parameter that trains."""
+    return {
+        name: parameters.group_of(name) for name, p in model.named_parameters() if p.requires_grad
+    }
+
+
 class Zeros:
     """Keeps weights at zero that were zero when training began.
 
@@ -104,6 +111,7 @@ class Zeros:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._masks: list[tuple[nn.Parameter, Tensor]] = []
+        self._names: list[str] = []
         self.count = 0
         for name in names:
             p = model.get_parameter(name)
@@ -111,6 +119,7 @@ class Zeros:
             found = int(zero.sum())
             if found:
                 self._masks.append((p, zero))
+                self._names.append(name)
                 self.count += found
 
     def gradients(self) -> None:
@@ -124,6 +133,12 @@ class Zeros:
         """After a step."""
         for p, zero in self._masks:
             p.masked_fill_(zero, 0)
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Put the zeros back into a model whose parameters may be others by now."""
+        for name, (_, zero) in zip(self._names, self._masks, strict=True):
+            model.get_parameter(name).masked_fill_(zero, 0)
 
 
 def digests(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

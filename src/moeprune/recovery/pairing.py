@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moeprune.errors import MoepruneError, PlanError, UnsupportedModelError
+from moeprune.errors import PlanError, UnsupportedModelError
 from moeprune.files import load_json, sha256_file
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.counts import padded_slots
@@ -110,7 +110,7 @@ def pair(
             ) from error
         if len(found[index]) != site.shape.experts:
             raise PlanError(
-                f"layer {index} holds {site.shape.experts} experts, by its plan {len(found[index])}",
+                f"layer {index} has {site.shape.experts} experts, by its plan {len(found[index])}",
                 "apply the plan to the original again",
             )
     return found
@@ -131,12 +131,3 @@ def _slots(entry: Mapping[str, Any], count: int, teacher: MoESite) -> tuple[tupl
         return tuple((e,) for e in keep)
     slots = padded_slots(keep, teacher.shape, count)
     return tuple(() if e is None else (e,) for e in slots)
-
-
-def merged_without_group(student: Checkpoint) -> bool:
-    """Whether experts were rebuilt from several others and the plan does not say which."""
-    try:
-        layers = _json(student.path / PLAN_COPY, "")["layers"].values()
-        return any("neurons" in entry and "served_by" not in entry for entry in layers)
-    except (MoepruneError, KeyError, AttributeError):
-        return False

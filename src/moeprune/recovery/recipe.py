@@ -20,8 +20,8 @@ DTYPES = ("float32", "bfloat16")
 class Recipe:
     """How a student is trained.
 
-    The loss of a step is ``ce_weight * CE + kl_weight * KL(teacher || student) + lambda * S``, where
-    CE is the next-token cross-entropy, and S, only with ``expert-kd``, the sum over layers and
+    The loss of a step is ``ce_weight * CE + kl_weight * KL(teacher || student) + lambda * S``:
+    CE is the next-token cross-entropy; S, only with ``expert-kd``, is the sum over layers and
     experts of the mean squared difference of paired experts' outputs (arXiv 2410.12013, eq. 10).
 
     Attributes:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeprune.errors import MoepruneError
-from moeprune.recovery.groups import Parameters, Zeros
+from moeprune.recovery.groups import Zeros
 from moeprune.recovery.learner import Learner
 from moeprune.recovery.order import Order
 from moeprune.recovery.recipe import Recipe
@@ -54,6 +54,7 @@ class Progress:
         seconds: of training, over all runs.
         held: what was measured first and last.
         ended: why the run ended.
+        merged: with ``lora``, the held-out value of the merged model with its zeros.
     """
 
     step: int = 0
@@ -65,6 +66,7 @@ class Progress:
     seconds: float = 0.0
     held: list[float] = field(default_factory=list)
     ended: str = ""
+    merged: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -254,13 +256,13 @@ class Trainer:
         self.optimiser.zero_grad()
         self._save(header)
         raise MoepruneError(
-            f"the loss or its gradient is not finite at step {self.now.step + 1}; the state of step "
-            f"{self.now.step} is kept in {self.folder.path}",
+            f"the loss or its gradient is not finite at step {self.now.step + 1}; the state of "
+            f"step {self.now.step} is kept in {self.folder.path}",
             "try a smaller --learning-rate or --dtype float32, with --force to begin again",
         )
 
     def _check_gradients(self) -> None:
-        """What is said to train gets a gradient."""
+        """Raise unless everything that is said to train gets a gradient."""
         squares: dict[str, float] = {}
         for name, p in self.weights.items():
             own = 0.0 if p.grad is None else float(p.grad.double().square().sum())
@@ -275,10 +277,10 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def _evaluate(self, header: Mapping[str, Any]) -> None:
-        """Measure held-out sequences, and keep the weights if they are the best so far."""
+    def measure(self, header: Mapping[str, Any]) -> float | None:
+        """KL of held-out sequences, cross-entropy without a teacher; None if there are none."""
         if not len(self.held_NL):
-            return
+            return None
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.plain.eval()
         sums = torch.zeros(2, dtype=torch.float64)
@@ -288,7 +290,13 @@ class Trainer:
             sums += torch.tensor([float(found.get("kl", found["ce"])) * len(ids_BL), len(ids_BL)])
         sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
         self._check(sums, header)
-        value = float(sums[0] / sums[1])
+        return float(sums[0] / sums[1])
+
+    def _evaluate(self, header: Mapping[str, Any]) -> None:
+        """Measure, and keep the weights if they are the best so far."""
+        value = self.measure(header)
+        if value is None:
+            return
         now = self.now
         now.held = [*now.held[:1], value]
         if now.best is None or value < now.best:
@@ -327,10 +335,3 @@ def open_accelerator(cpu: bool, recipe: Recipe) -> Accelerator:
             f"({recipe.accumulate} for each of {accelerator.num_processes} processes)"
         )
     return accelerator
-
-
-def trained(model: nn.Module, parameters: Parameters) -> dict[str, str]:
-    """The group of every parameter that trains."""
-    return {
-        name: parameters.group_of(name) for name, p in model.named_parameters() if p.requires_grad
-    }

@@ -18,6 +18,7 @@ from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.scan import digest
 from moeprune.models.surgery import PROVENANCE
 from moeprune.models.writer import Piece, computed, copied, write_shards
+from moeprune.recovery.lora import Adapters
 
 LOG_COPY = "moeprune_recovery.jsonl"
 _DTYPES = {
@@ -46,7 +47,7 @@ class Places:
                 info = checkpoint.tensors.get(key)
                 if info is None or info.shape != tuple(value.shape) or info.dtype not in _DTYPES:
                     raise UnsupportedModelError(
-                        f"{name} would be written as {key}, which {checkpoint.path} does not hold so"
+                        f"{name} would be written as {key}, and there is no such tensor"
                     )
                 self._owner[key] = name
         for key in self._owner:
@@ -110,4 +111,20 @@ def write_recovered(
             shutil.copyfile(file, work / file.name)
         (work / PROVENANCE).write_bytes(json_bytes(dict(record)))
         if log is not None and log.is_file():
+            shutil.copyfile(log, work / LOG_COPY)
+
+
+def write_adapter(
+    adapters: Adapters, out: Path, record: Mapping[str, Any], log: Path, force: bool
+) -> None:
+    """Write LoRA matrices as peft reads them, a directory for each adapter, and no weights.
+
+    Raises:
+        OutputError: ``out`` exists, or could not be written.
+    """
+    with new_directory(out, force) as work:
+        adapters.save(work)
+        told = {"format": "moeprune.adapter/1", **record}
+        (work / PROVENANCE).write_bytes(json_bytes(told))
+        if log.is_file():
             shutil.copyfile(log, work / LOG_COPY)
