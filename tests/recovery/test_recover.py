@@ -32,7 +32,7 @@ def quick(how: str, **options: Any) -> Any:
 
 def log(out: Path) -> list[dict[str, Any]]:
     lines = (out / "moeprune_recovery.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [entry for entry in map(json.loads, lines) if entry["step"]]
 
 
 def zeros(directory: Path) -> dict[str, torch.Tensor]:

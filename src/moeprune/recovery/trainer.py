@@ -122,6 +122,7 @@ class Trainer:
         self.optimiser = prepared
         self.inner: torch.optim.Optimizer = getattr(prepared, "optimizer", prepared)
         self.now = Progress()
+        self.held_ce: float | None = None  # beside what was measured last
 
     def resume(self) -> None:
         """Go on from the saved state."""
@@ -146,6 +147,8 @@ class Trainer:
         if now.step == 0 and not now.held:
             self._evaluate(header)
             self._save(header)
+            if now.held and self.accelerator.is_main_process:
+                self.folder.note({"step": 0, "held": now.held[0], "held_ce": self.held_ce})
         while now.step < recipe.steps and not now.ended:
             start = time.perf_counter()
             entry = self._step(header)
@@ -153,7 +156,8 @@ class Trainer:
             now.seconds = before + time.perf_counter() - began
             if self._due(recipe.between_evaluations):
                 self._evaluate(header)
-                entry["held"] = now.held[-1] if now.held else None
+                if now.held:
+                    entry |= {"held": now.held[-1], "held_ce": self.held_ce}
                 if recipe.patience and now.waited >= recipe.patience:
                     now.ended = f"no improvement in {now.waited} evaluations"
             left = (recipe.steps - now.step) * (time.perf_counter() - start)
@@ -283,14 +287,16 @@ class Trainer:
             return None
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.plain.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64)
         size = max(1, self.recipe.batch // self.recipe.accumulate // world)
         for ids_BL in self.held_NL[rank::world].split(size):
             found = self.plain(ids_BL.to(self.accelerator.device), teach=True)
-            sums += torch.tensor([float(found.get("kl", found["ce"])) * len(ids_BL), len(ids_BL)])
+            both = [float(found.get("kl", found["ce"])), float(found["ce"]), 1.0]
+            sums += torch.tensor(both, dtype=torch.float64) * len(ids_BL)
         sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
         self._check(sums, header)
-        return float(sums[0] / sums[1])
+        self.held_ce = float(sums[1] / sums[2])
+        return float(sums[0] / sums[2])
 
     def _evaluate(self, header: Mapping[str, Any]) -> None:
         """Measure, and keep the weights if they are the best so far."""
