@@ -21,7 +21,7 @@ from moeprune.pipeline.inputs import Text
 PAGE = Path(__file__).parent.parent / "docs" / "recover.md"
 BEGIN, END = "<!-- table: benchmarks/recovery_figures.py -->", "<!-- end -->"
 SEEN = ("english", "french", "german", "math", "python", "spanish")
-WINDOWS = Text(sequences=16, length=256)
+WINDOWS = Text(sequences=8, length=256)
 LEARN = Text(sequences=600, length=256)
 SHORT = {"batch": 8, "evaluate_every": 10, "holdout": 0.02}
 
@@ -32,7 +32,7 @@ STUDENTS: dict[str, tuple[str, moeprune.Budget, dict[str, Any]]] = {
     "mone 75 %": ("mone", moeprune.Budget(ratio=0.75), {}),
     "moeits 50 %": ("moeits", moeprune.Budget(ratio=0.5), {}),
 }
-STEPS = {"expert-kd": 60, "router-kd": 30}
+STEPS = {"expert-kd": 30, "router-kd": 20}
 
 
 def ways(method: str) -> tuple[str, ...]:

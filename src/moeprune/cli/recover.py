@@ -28,7 +28,9 @@ def recover(
     how: Annotated[
         str, typer.Option(help="expert-kd, router-kd, logit-kd, lora or full.")
     ] = "expert-kd",
-    preset: Annotated[_Text, typer.Option(help="Published settings: **moeits**, of lora.")] = None,
+    preset: Annotated[
+        _Text, typer.Option(help="Published settings: **moe-pruner**, **moeits**.")
+    ] = None,
     train: Annotated[
         _Text,
         typer.Option(help="Groups that train: experts, novices, routers, embeddings, rest."),
