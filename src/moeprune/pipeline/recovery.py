@@ -112,14 +112,7 @@ def recover(
     folder = StateFolder(out)
     accelerator = open_accelerator(compute.device == "cpu", made)
     _refuse_output(out, folder, resume, force)
-    student = Checkpoint.open(source, compute.trust_remote_code)
-    if student.path.is_relative_to(out.resolve()):
-        raise OutputError(f"the output {out} is the student itself, or holds it", "another --out")
-    if Quantisation.of(student).method is not None:
-        raise UnsupportedModelError(
-            f"{student.path} is quantised, and quantised weights cannot be trained",
-            "write it with --dequantize first: moeprune apply ... --dequantize",
-        )
+    student = _student(source, out, compute)
     record = provenance(student)
     master = _teacher(student, teacher, made, compute)
     domains = read_calibration(student, text)
@@ -143,27 +136,39 @@ def recover(
         if accelerator.is_main_process:
             told = {
                 "how": made.how,
-                "teacher": None if master is None else model_name(teacher or ""),
+                "teacher": None if teacher is None else model_name(teacher),
                 "teacher_fingerprint": header["teacher"],
                 "data": {**facts, "seed": text.seed},
                 "options": made.to_json(),
                 **{key: value for key, value in result.to_json().items() if key != "path"},
                 "versions": versions(),
             }
-            earlier = record.get("recovered")
-            steps = [*(earlier if isinstance(earlier, list) else []), told]
-
-            def tell(done: int, total: int) -> None:
-                progress("writing", done, total)
-
-            more = {**record, "recovered": steps}
-            if session.adapters is not None and made.adapter:
-                write_adapter(session.adapters, out, told, folder.log, force)
-            else:
-                write_recovered(session.places, out, more, folder.log, force, tell)
+            _write(session, out, record, told, folder, force, progress)
             folder.delete()
         accelerator.wait_for_everyone()
     return result
+
+
+def _write(
+    session: Session,
+    out: Path,
+    record: Mapping[str, Any],
+    told: Mapping[str, Any],
+    folder: StateFolder,
+    force: bool,
+    progress: Progress,
+) -> None:
+    if session.adapters is not None and session.recipe.adapter:
+        write_adapter(session.adapters, out, told, folder.log, force)
+        return
+    earlier = record.get("recovered")
+    steps = [*(earlier if isinstance(earlier, list) else []), told]
+    more = {**record, "recovered": steps}
+
+    def tell(done: int, total: int) -> None:
+        progress("writing", done, total)
+
+    write_recovered(session.places, out, more, folder.log, force, tell)
 
 
 def _result(session: Session, out: Path, done: Run) -> Recovered:
@@ -211,6 +216,18 @@ def _refuse_other_run(folder: StateFolder, header: Mapping[str, Any]) -> None:
             f"the run in {folder.path} had another {what.replace('_', '-')}",
             "give the same options, or begin again with --force",
         )
+
+
+def _student(source: Source, out: Path, compute: Compute) -> Checkpoint:
+    student = Checkpoint.open(source, compute.trust_remote_code)
+    if student.path.is_relative_to(out.resolve()):
+        raise OutputError(f"the output {out} is the student itself, or holds it", "another --out")
+    if Quantisation.of(student).method is not None:
+        raise UnsupportedModelError(
+            f"{student.path} is quantised, and quantised weights cannot be trained",
+            "write it with --dequantize first: moeprune apply ... --dequantize",
+        )
+    return student
 
 
 def _teacher(
