@@ -32,7 +32,7 @@ STUDENTS: dict[str, tuple[str, moeprune.Budget, dict[str, Any]]] = {
     "mone 75 %": ("mone", moeprune.Budget(ratio=0.75), {}),
     "moeits 50 %": ("moeits", moeprune.Budget(ratio=0.5), {}),
 }
-STEPS = {"expert-kd": 30, "router-kd": 20}
+STEPS = {"expert-kd": 60, "router-kd": 20}
 
 
 def ways(method: str) -> tuple[str, ...]:
