@@ -23,8 +23,8 @@ from running import Done, Run
 from support import tensor_digests, tree
 
 COMMANDS = (
-    "inspect", "calibrate", "merge", "plan", "apply", "prune", "evaluate", "verify", "methods",
-    "demo",
+    "inspect", "calibrate", "merge", "plan", "apply", "prune", "evaluate", "recover", "verify",
+    "methods", "demo",
 )  # fmt: skip
 
 
@@ -418,3 +418,21 @@ def test_plan_diff(run: Run, novices: Path, stats: Path) -> None:
     people = run("plan-diff", novices, novices)
     assert people.code == 0 and "1.00" in people.out and "Spearman" in people.out
     assert run("plan-diff", novices, novices.with_name("none.json")).code == 2
+
+
+def test_recover_and_what_it_tells(run: Run, smaller: Path, english: Path, tmp_path: Path) -> None:
+    sizes = ("--data", english, "--sequences", "20", "--length", "32")
+    short = ("--steps", "2", "--batch", "2", "--learning-rate", "1e-4")
+    common = ("--teacher", "demo", "--how", "router-kd", *sizes, *short)
+    told = as_json(run("recover", smaller, *common, "--out", tmp_path / "healed", "--json"))
+    assert told["steps"] == 2
+    assert told["changed"]["frozen"][0] == 0
+    assert run("verify", tmp_path / "healed").code == 0
+    assert run("verify", tmp_path / "healed", "--against", "demo").code == 0
+    done = run("recover", smaller, *common, "--out", tmp_path / "again")
+    assert done.code == 0
+    assert "routers" in done.out
+    done = run("recover", smaller, *common, "--out", tmp_path / "again")
+    assert (done.code, "exists" in done.err) == (2, True)
+    done = run("recover", "demo", *common, "--out", tmp_path / "other")
+    assert (done.code, "moeprune.json" in done.err) == (2, True)

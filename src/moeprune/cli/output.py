@@ -61,6 +61,10 @@ class Reporter:
             self._tasks[what] = self._bars.add_task(what, total=total)
         self._bars.update(self._tasks[what], completed=done, total=total)
 
+    def describe(self, what: str, text: str) -> None:
+        """Say more beside the bar of a stage that was heard of."""
+        self._bars.update(self._tasks[what], description=text)
+
 
 @contextmanager
 def progress_bars() -> Iterator[Reporter]:

@@ -13,13 +13,14 @@ from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.counts import PAD_BIAS, Slots
 from moeprune.models.depth import SeveralStates
 from moeprune.models.scan import FLOAT_DTYPES, digest
+from moeprune.models.surgery import PROVENANCE
 from moeprune.models.writer import computed, copied, given, sliced, zeros
 from moeprune.verification.edits import Edit, Mask
 from moeprune.verification.finding import ERROR, Finding, Found, Rule, Skip
 from moeprune.verification.logits import compare_logits
 from moeprune.verification.rebuilt import planned_layers
 from moeprune.verification.reference import Reference, Source
-from moeprune.verification.shards import AsFound
+from moeprune.verification.shards import AsFound, read_json
 from moeprune.verification.subject import ADDED, CONFIG, Subject
 
 _AGAIN = "apply the plan to the original again"
@@ -30,6 +31,9 @@ def _reference(subject: Subject) -> tuple[Reference, dict[int, Edit]]:
         raise Skip("no original was given (--against)")
     _ = subject.config
     subject.require_all()
+    record = read_json(subject.path / PROVENANCE)
+    if isinstance(record, dict) and record.get("recovered"):
+        raise Skip("its weights were trained after the plan was applied (moeprune recover)")
     try:
         return subject.reference, subject.reference.edits
     except MoepruneError as error:

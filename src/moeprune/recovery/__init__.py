@@ -1,0 +1,1 @@
+"""Training that wins back what pruning lost, without touching what pruning decided."""

@@ -1,0 +1,145 @@
+"""What a run needs to go on exactly where it was, on disk, whole or not at all.
+
+Nothing is pickled: values stand in safetensors files, numbers in JSON. Sequences and random numbers
+are functions of the seed and the step and need no state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moeprune.errors import MoepruneError
+from moeprune.files import json_bytes, load_json, new_directory
+
+FORMAT = "moeprune.recovery/1"
+_MOST = 1 << 26
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class StateFolder:
+    """The directory ``<out>.recovery`` of a run: its state, its best weights and its log."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out.parent / f"{out.name}.recovery"
+
+    @property
+    def log(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "log.jsonl"
+
+    def exists(self) -> bool:
+        """Whether a run has begun."""
+        return self.path.is_dir()
+
+    def delete(self) -> None:
+        """Forget the run."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def save(
+        self,
+        numbers: Mapping[str, Any],
+        weights: Mapping[str, nn.Parameter],
+        optimiser: torch.optim.Optimizer,
+    ) -> None:
+        """Save the state, replacing the last one only when this one is whole.
+
+        Raises:
+            OutputError: the disk is full, or cannot be written; the last state is still there.
+        """
+        values = {f"weight.{name}": _plain(p) for name, p in weights.items()}
+        for name, p in weights.items():
+            for key in _MOMENTS:
+                if p in optimiser.state:
+                    values[f"{key}.{name}"] = _plain(optimiser.state[p][key])
+        self._write("state", numbers, values)
+
+    def save_best(self, numbers: Mapping[str, Any], weights: Mapping[str, nn.Parameter]) -> None:
+        """Save the weights that measured best."""
+        self._write("best", numbers, {f"weight.{name}": _plain(p) for name, p in weights.items()})
+
+    def _write(self, name: str, numbers: Mapping[str, Any], values: dict[str, Tensor]) -> None:
+        with new_directory(self.path / name, force=True) as work:
+            save_file(values, work / "values.safetensors")
+            (work / "manifest.json").write_bytes(json_bytes({"format": FORMAT, **numbers}))
+
+    def numbers(self, name: str = "state") -> dict[str, Any] | None:
+        """What was saved beside the values; None if nothing was.
+
+        Raises:
+            MoepruneError: it is damaged.
+        """
+        file = self.path / name / "manifest.json"
+        if not file.is_file():
+            return None
+        try:
+            found = load_json(file, _MOST)
+        except (ValueError, OSError) as error:
+            raise self._damaged(file) from error
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise self._damaged(file)
+        return found
+
+    def restore(
+        self,
+        name: str,
+        weights: Mapping[str, nn.Parameter],
+        optimiser: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Put saved weights, and the optimiser's moments, back.
+
+        Raises:
+            MoepruneError: they are damaged, or of another run.
+        """
+        file = self.path / name / "values.safetensors"
+        try:
+            values = load_file(file)
+            with torch.no_grad():
+                for key, p in weights.items():
+                    p.copy_(values[f"weight.{key}"])
+                    if optimiser is not None and f"exp_avg.{key}" in values:
+                        optimiser.state[p] = {
+                            m: values[f"{m}.{key}"].to("cpu" if m == "step" else p.device)
+                            for m in _MOMENTS
+                        }
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise self._damaged(file) from error
+
+    def _damaged(self, file: Path) -> MoepruneError:
+        return MoepruneError(f"{file} is damaged, or of another run", "begin again with --force")
+
+    def note(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to the log."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def cut_log(self, step: int) -> list[dict[str, Any]]:
+        """Drop what a run noted after the step from which it goes on; returns what stays."""
+        if not self.log.is_file():
+            return []
+        kept = []
+        for line in self.log.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the last line of a run that was killed while it wrote
+            if entry.get("step", 0) <= step:
+                kept.append(entry)
+        part = self.log.with_suffix(".partial")
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        os.replace(part, self.log)
+        return kept
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
