@@ -73,7 +73,7 @@ def rows_of(name: str, work: Path, whole: dict[str, Any]) -> list[str]:
     before = measure(student)
     found = [row(name, "–", None, None, before, before, whole)]
     for how in ways(method):
-        chosen = moeprune.recipe(how, None, {**SHORT, "steps": STEPS[how]})
+        chosen = moeprune.training(how, None, {**SHORT, "steps": STEPS[how]})
         out = work / f"{student.name}-{how}"
         start = time.perf_counter(), time.process_time()
         made = moeprune.recover(student, "demo", out, chosen, LEARN)

@@ -44,11 +44,11 @@ _HOME = {
     "plan_diff": "moeprune.pipeline.comparison",
     "prune": "moeprune.pipeline.stages",
     "read_plan": "moeprune.models.store",
-    "recipe": "moeprune.pipeline.recovery",
     "recover": "moeprune.pipeline.recovery",
     "register": "moeprune.core.method",
     "run": "moeprune.pipeline.recipes.run",
     "skip_experts": "moeprune.models.skip_experts",
+    "training": "moeprune.pipeline.recovery",
     "verify": "moeprune.pipeline.verification",
     "write_plan": "moeprune.models.store",
 }
@@ -78,11 +78,11 @@ __all__ = [
     "plan_diff",
     "prune",
     "read_plan",
-    "recipe",
     "recover",
     "register",
     "run",
     "skip_experts",
+    "training",
     "verify",
     "write_plan",
 ]
@@ -105,7 +105,7 @@ if TYPE_CHECKING:
     from moeprune.pipeline.inspection import inspect
     from moeprune.pipeline.planning import plan
     from moeprune.pipeline.recipes.run import run
-    from moeprune.pipeline.recovery import recipe, recover
+    from moeprune.pipeline.recovery import recover, training
     from moeprune.pipeline.stages import apply, evaluate, prune
     from moeprune.pipeline.verification import verify
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from moeprune import load, recipe, recover, verify
+from moeprune import load, recover, training, verify
 from moeprune.errors import MoepruneError
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.pipeline.inputs import Text
-from moeprune.recovery.recipe import GROUPS
+from moeprune.recovery.training import GROUPS
 from support import tensor_digests, tree
 
 QUICK: dict[str, Any] = {
@@ -31,7 +31,7 @@ PAPER = {"ce_weight": 1.0, "kl_weight": 0.0}
 
 
 def quick(how: str, **options: Any) -> Any:
-    return recipe(how, None, {**QUICK, **options})
+    return training(how, None, {**QUICK, **options})
 
 
 def log(out: Path) -> list[dict[str, Any]]:
@@ -166,7 +166,7 @@ def test_bfloat16(
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from moeprune import recipe, recover
+from moeprune import training, recover
 from moeprune.pipeline.inputs import Text
 import torch
 torch.set_num_threads(1)
@@ -174,7 +174,7 @@ student, teacher, out, text, when, resume = sys.argv[1:]
 def listen(status):
     if status.step == int(when):
         os.kill(os.getpid(), signal.SIGKILL)
-chosen = recipe("expert-kd", None, {options})
+chosen = training("expert-kd", None, {options})
 text = Text((text,), 40, 32)
 recover(student, teacher, out, chosen, text, resume=bool(int(resume)), listen=listen)
 """
@@ -192,7 +192,7 @@ def test_killed_and_resumed_is_as_if_it_had_not_been(
     students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path
 ) -> None:
     options = {**QUICK, "steps": 6, "save_every": 2, "train": ("experts", "routers"), "warmup": 0.5}
-    chosen, [page] = recipe("expert-kd", None, options), text.sources
+    chosen, [page] = training("expert-kd", None, options), text.sources
     recover(students["masked"], teacher, tmp_path / "whole", chosen, text)
     cut = tmp_path / "cut"
     common = (students["masked"], teacher, cut, page)
@@ -201,7 +201,7 @@ def test_killed_and_resumed_is_as_if_it_had_not_been(
     with pytest.raises(MoepruneError, match="cut after step 2"):
         recover(students["masked"], teacher, cut, chosen, text)
     with pytest.raises(MoepruneError, match="another steps"):
-        other = recipe("expert-kd", None, {**options, "steps": 7})
+        other = training("expert-kd", None, {**options, "steps": 7})
         recover(students["masked"], teacher, cut, other, text, resume=True)
     assert start(*common, 5, 1, options=options) == -signal.SIGKILL
     recover(students["masked"], teacher, cut, chosen, text, resume=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from families import save_tiny
-from moeprune import recipe, recover
+from moeprune import recover, training
 from moeprune.errors import MoepruneError
 from moeprune.pipeline.inputs import Text
 from recovering import prune, with_tokenizer
@@ -74,7 +74,7 @@ def test_groups_that_are_not_there(
     students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path
 ) -> None:
     with pytest.raises(MoepruneError, match="no novices"):
-        chosen = recipe("full", None, {"train": ("novices",)})
+        chosen = training("full", None, {"train": ("novices",)})
         recover(students["dropped"], teacher, tmp_path / "out", chosen, text)
 
 

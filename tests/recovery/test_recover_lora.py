@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeprune import load, recipe, recover, verify
+from moeprune import load, recover, training, verify
 from moeprune.errors import MoepruneError
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.pipeline.inputs import Text
@@ -29,7 +29,7 @@ IDS = torch.randint(3, 6000, (2, 16), generator=torch.Generator().manual_seed(0)
 def test_the_merged_model_is_the_adapted_one(
     students: dict[str, Path], teacher: Path, kind: str
 ) -> None:
-    made = recipe("lora", None, {"rank": 4, "train": ("experts", "rest", "routers")})
+    made = training("lora", None, {"rank": 4, "train": ("experts", "rest", "routers")})
     checkpoint = Checkpoint.open(students[kind])
     with ExitStack() as stack, torch.no_grad():
         session = Session(checkpoint, None, made, torch.device("cpu"), stack)
@@ -53,7 +53,7 @@ def test_merged_on_disk_with_the_zeros_put_back(
     students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path
 ) -> None:
     out = tmp_path / "healed"
-    chosen = recipe("lora", None, {**QUICK, "holdout": 0.0})
+    chosen = training("lora", None, {**QUICK, "holdout": 0.0})
     made = recover(students["masked"], teacher, out, chosen, text)
     assert not verify(out).findings
     before, after = Checkpoint.open(students["masked"]), Checkpoint.open(out)
@@ -73,7 +73,7 @@ def test_without_a_teacher_and_as_an_adapter(
     from peft import PeftModel
 
     out = tmp_path / "adapter"
-    chosen = recipe("lora", None, {**QUICK, "adapter": True})
+    chosen = training("lora", None, {**QUICK, "adapter": True})
     made = recover(students["dropped"], None, out, chosen, text)
     assert made.measure == "ce"
     adapted = PeftModel.from_pretrained(
@@ -90,7 +90,7 @@ def test_without_a_teacher_and_as_an_adapter(
 def test_resumed_with_dropout_and_noise(
     students: dict[str, Path], text: Text, tmp_path: Path
 ) -> None:
-    chosen = recipe("lora", None, {**QUICK, "save_every": 2})
+    chosen = training("lora", None, {**QUICK, "save_every": 2})
     recover(students["dropped"], None, tmp_path / "whole", chosen, text)
 
     class Cut(Exception):
@@ -108,5 +108,5 @@ def test_resumed_with_dropout_and_noise(
 
 def test_nothing_to_adapt(students: dict[str, Path], text: Text, tmp_path: Path) -> None:
     with pytest.raises(MoepruneError, match="LoRA could adapt"):
-        chosen = recipe("lora", None, {**QUICK, "train": ("embeddings",)})
+        chosen = training("lora", None, {**QUICK, "train": ("embeddings",)})
         recover(students["dropped"], None, tmp_path / "x", chosen, text)

@@ -77,8 +77,8 @@ def recover(
     Example: `moeprune recover smaller --teacher demo --how expert-kd --out healed`
     """
     from moeprune.pipeline.inputs import Compute
-    from moeprune.pipeline.recovery import recipe
     from moeprune.pipeline.recovery import recover as run
+    from moeprune.pipeline.recovery import training
 
     options: dict[str, Any] = {
         "train": None if train is None else tuple(part.strip() for part in train.split(",")),
@@ -89,7 +89,7 @@ def recover(
         "patience": patience, "holdout": holdout, "dtype": dtype, "seed": seed,
         "gradient_checkpointing": gradient_checkpointing,
     }  # fmt: skip
-    chosen = recipe(how, preset, options)
+    chosen = training(how, preset, options)
     with output.progress_bars() as progress:
         result = run(
             student,

@@ -19,14 +19,14 @@ from moeprune.models.store import versions
 from moeprune.pipeline.inputs import Compute, Progress, Source, Text, model_name, read_calibration
 from moeprune.pipeline.inputs import silent as quiet
 from moeprune.recovery.pairing import check_teacher, made_from, provenance
-from moeprune.recovery.recipe import Recipe, recipe
 from moeprune.recovery.session import Session
 from moeprune.recovery.state import StateFolder
 from moeprune.recovery.trainer import Progress as Run
 from moeprune.recovery.trainer import Status, open_accelerator
+from moeprune.recovery.training import Training, training
 from moeprune.recovery.writing import write_adapter, write_recovered
 
-__all__ = ["Recipe", "Recovered", "Status", "recipe", "recover"]
+__all__ = ["Recovered", "Status", "Training", "recover", "training"]
 
 Listen = Callable[[Status], None]
 
@@ -79,7 +79,7 @@ def recover(
     source: Source,
     teacher: Source | None,
     out: Source,
-    chosen: Recipe | str = "expert-kd",
+    chosen: Training | str = "expert-kd",
     text: Text = Text(sequences=600, length=512),
     compute: Compute = Compute(),
     resume: bool = False,
@@ -107,7 +107,7 @@ def recover(
     Raises:
         MoepruneError: anything the user can mend; the output is there whole or not at all.
     """
-    made = recipe(chosen) if isinstance(chosen, str) else chosen
+    made = training(chosen) if isinstance(chosen, str) else chosen
     out = Path(out)
     folder = StateFolder(out)
     accelerator = open_accelerator(compute.device == "cpu", made)
@@ -121,7 +121,7 @@ def recover(
         "student": student.fingerprint,
         "teacher": None if master is None else master.fingerprint,
         "data": facts["hash"],
-        "recipe": made.to_json(),
+        "training": made.to_json(),
     }
     if resume:
         _refuse_other_run(folder, header)
@@ -158,7 +158,7 @@ def _write(
     force: bool,
     progress: Progress,
 ) -> None:
-    if session.adapters is not None and session.recipe.adapter:
+    if session.adapters is not None and session.training.adapter:
         write_adapter(session.adapters, out, told, folder.log, force)
         return
     earlier = record.get("recovered")
@@ -175,7 +175,7 @@ def _result(session: Session, out: Path, done: Run) -> Recovered:
     held = None
     if done.held and done.best is not None:
         held = (done.held[0], done.best if done.merged is None else done.merged)
-    changed = {} if session.recipe.adapter else session.changed()
+    changed = {} if session.training.adapter else session.changed()
     return Recovered(
         path=out,
         steps=done.step,
@@ -210,8 +210,8 @@ def _refuse_other_run(folder: StateFolder, header: Mapping[str, Any]) -> None:
         if saved.get(name) == value:
             continue
         what = name
-        if name == "recipe" and isinstance(saved.get(name), dict):
-            what = next(key for key in value if saved["recipe"].get(key) != value[key])
+        if name == "training" and isinstance(saved.get(name), dict):
+            what = next(key for key in value if saved["training"].get(key) != value[key])
         raise MoepruneError(
             f"the run in {folder.path} had another {what.replace('_', '-')}",
             "give the same options, or begin again with --force",
@@ -231,7 +231,7 @@ def _student(source: Source, out: Path, compute: Compute) -> Checkpoint:
 
 
 def _teacher(
-    student: Checkpoint, teacher: Source | None, made: Recipe, compute: Compute
+    student: Checkpoint, teacher: Source | None, made: Training, compute: Compute
 ) -> Checkpoint | None:
     if teacher is None:
         if made.how == "expert-kd" or made.kl_weight:

@@ -21,7 +21,7 @@ class Parameters:
     """A model's parameters by group.
 
     Attributes:
-        groups: names by group, see ``recipe.GROUPS``; groups without parameters are not there.
+        groups: names by group, see ``training.GROUPS``; groups without parameters are not there.
         sites: the MoE blocks by layer.
         masked: names of experts' matrices, in which a weight that is zero stays zero.
     """

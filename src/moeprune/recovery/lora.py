@@ -15,7 +15,7 @@ from torch import nn
 from moeprune.errors import MoepruneError
 from moeprune.models.loading import find_layers
 from moeprune.recovery.groups import Parameters
-from moeprune.recovery.recipe import Recipe
+from moeprune.recovery.training import Training
 
 _PREFIX = "base_model.model."
 _LINEAR, _STACKED = "linear", "experts"
@@ -60,7 +60,7 @@ class Adapters:
         MoepruneError: peft is not installed, or cannot adapt this model.
     """
 
-    def __init__(self, model: nn.Module, chosen: dict[str, str], made: Recipe) -> None:
+    def __init__(self, model: nn.Module, chosen: dict[str, str], made: Training) -> None:
         try:
             from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (an optional dependency)
         except ImportError as error:

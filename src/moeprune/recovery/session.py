@@ -20,9 +20,9 @@ from moeprune.recovery.learner import Learner, Noise
 from moeprune.recovery.lora import Adapters, targets
 from moeprune.recovery.order import split
 from moeprune.recovery.pairing import pair
-from moeprune.recovery.recipe import Recipe
 from moeprune.recovery.state import StateFolder
 from moeprune.recovery.trainer import Progress, Status, Trainer
+from moeprune.recovery.training import Training
 from moeprune.recovery.writing import Places
 
 
@@ -48,11 +48,11 @@ class Session:
         self,
         student: Checkpoint,
         master: Checkpoint | None,
-        made: Recipe,
+        made: Training,
         device: torch.device,
         stack: ExitStack,
     ) -> None:
-        self.recipe = made
+        self.training = made
         self.model: Any = load(student.path, torch.float32, device, student.trust_remote_code)
         self.parameters = parameters_of(self.model)
         self.teacher: Any = None
@@ -94,7 +94,7 @@ class Session:
         listen: Callable[[Status], None],
     ) -> Progress:
         """Train to the end; the student then has the best weights, and the zeros that it had."""
-        made = self.recipe
+        made = self.training
         train_NL, held_NL = (_rows(part) for part in split(domains, made.holdout))
         if made.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

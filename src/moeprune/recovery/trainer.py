@@ -17,8 +17,8 @@ from moeprune.errors import MoepruneError
 from moeprune.recovery.groups import Zeros
 from moeprune.recovery.learner import Learner
 from moeprune.recovery.order import Order
-from moeprune.recovery.recipe import Recipe
 from moeprune.recovery.state import StateFolder
+from moeprune.recovery.training import Training
 
 _DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")
 
@@ -81,7 +81,7 @@ class Trainer:
         groups: of the parameters that train, to report gradients by.
         zeros: what has to stay zero.
         train_NL, held_NL: sequences.
-        recipe: what to do.
+        training: what to do.
         folder: where the state is kept.
         accelerator: the processes.
         listen: told how the run stands.
@@ -95,20 +95,20 @@ class Trainer:
         zeros: Zeros,
         train_NL: Tensor,
         held_NL: Tensor,
-        recipe: Recipe,
+        training: Training,
         folder: StateFolder,
         accelerator: Accelerator,
         listen: Callable[[Status], None],
         width: int,
     ) -> None:
-        self.recipe, self.folder, self.listen = recipe, folder, listen
+        self.training, self.folder, self.listen = training, folder, listen
         self.accelerator = accelerator
-        self.order = Order(train_NL, recipe.seed)
+        self.order = Order(train_NL, training.seed)
         self.held_NL = held_NL
         self.zeros = zeros
         self.groups = groups
         self.plain = learner
-        self.peak = recipe.peak(width)
+        self.peak = training.peak(width)
         self.weights = {
             name: p for name, p in learner.student.named_parameters() if p.requires_grad
         }
@@ -116,7 +116,7 @@ class Trainer:
             list(self.weights.values()),
             lr=self.peak,
             betas=(0.9, 0.95),
-            weight_decay=recipe.weight_decay,
+            weight_decay=training.weight_decay,
         )
         self.learner, prepared = accelerator.prepare(learner, optimiser)
         self.optimiser = prepared
@@ -142,30 +142,30 @@ class Trainer:
             MoepruneError: a loss is not finite, or something does not get gradients. The state of
                 the last good step is kept.
         """
-        now, recipe = self.now, self.recipe
+        now, training = self.now, self.training
         began, before = time.perf_counter(), now.seconds
         if now.step == 0 and not now.held:
             self._evaluate(header)
             self._save(header)
             if now.held and self.accelerator.is_main_process:
                 self.folder.note({"step": 0, "held": now.held[0], "held_ce": self.held_ce})
-        while now.step < recipe.steps and not now.ended:
+        while now.step < training.steps and not now.ended:
             start = time.perf_counter()
             entry = self._step(header)
             now.step += 1
             now.seconds = before + time.perf_counter() - began
-            if self._due(recipe.between_evaluations):
+            if self._due(training.between_evaluations):
                 self._evaluate(header)
                 if now.held:
                     entry |= {"held": now.held[-1], "held_ce": self.held_ce}
-                if recipe.patience and now.waited >= recipe.patience:
+                if training.patience and now.waited >= training.patience:
                     now.ended = f"no improvement in {now.waited} evaluations"
-            left = (recipe.steps - now.step) * (time.perf_counter() - start)
+            left = (training.steps - now.step) * (time.perf_counter() - start)
             if self.accelerator.is_main_process:
                 self.folder.note({"step": now.step, **entry})
             held = now.held[-1] if now.held else None
-            self.listen(Status(now.step, recipe.steps, entry["loss"], held, left))
-            if self._due(recipe.between_saves) or now.ended:
+            self.listen(Status(now.step, training.steps, entry["loss"], held, left))
+            if self._due(training.between_saves) or now.ended:
                 self._save(header)
         now.ended = now.ended or "all steps done"
         if now.best is not None and now.best_step != now.step:
@@ -173,35 +173,35 @@ class Trainer:
         return now
 
     def _due(self, every: int) -> bool:
-        return self.now.step % every == 0 or self.now.step == self.recipe.steps
+        return self.now.step % every == 0 or self.now.step == self.training.steps
 
     def _step(self, header: Mapping[str, Any]) -> dict[str, Any]:
         """One step of the optimiser; returns what the log says."""
-        recipe, now = self.recipe, self.now
+        training, now = self.training, self.now
         for group in self.inner.param_groups:
-            group["lr"] = recipe.rate(self.peak, now.step)
+            group["lr"] = training.rate(self.peak, now.step)
         total: dict[str, float] = {}
         self.plain.train()
-        for part in range(recipe.accumulate):
+        for part in range(training.accumulate):
             ids_BL = self._rows(now.step, part)
-            last = part == recipe.accumulate - 1
+            last = part == training.accumulate - 1
             self._reseed(now.step, part)
             if last:
                 values, loss = self._forward(ids_BL)
                 self._check(loss, header)
-                self.accelerator.backward(loss / recipe.accumulate)
+                self.accelerator.backward(loss / training.accumulate)
             else:
                 with self.accelerator.no_sync(self.learner):
                     values, loss = self._forward(ids_BL)
                     self._check(loss, header)
-                    self.accelerator.backward(loss / recipe.accumulate)
+                    self.accelerator.backward(loss / training.accumulate)
             for name, value in values.items():
-                total[name] = total.get(name, 0.0) + value / recipe.accumulate
+                total[name] = total.get(name, 0.0) + value / training.accumulate
         self.zeros.gradients()
         if not now.norms:
             self._check_gradients()
         norm = float(
-            self.accelerator.clip_grad_norm_(list(self.weights.values()), recipe.clip or math.inf)
+            self.accelerator.clip_grad_norm_(list(self.weights.values()), training.clip or math.inf)
         )
         self._check(torch.tensor(norm), header)
         self.optimiser.step()
@@ -211,28 +211,28 @@ class Trainer:
             **total,
             "lambda": now.lam,
             "gradient": norm,
-            "rate": recipe.rate(self.peak, now.step),
+            "rate": training.rate(self.peak, now.step),
         }
 
     def _rows(self, step: int, part: int) -> Tensor:
         """This process's sequences of one part of a batch."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.recipe.batch // self.recipe.accumulate // world
-        start = step * self.recipe.batch + (part * world + rank) * size
+        size = self.training.batch // self.training.accumulate // world
+        start = step * self.training.batch + (part * world + rank) * size
         return self.order.rows(start, size).to(self.accelerator.device)
 
     def _reseed(self, step: int, part: int) -> None:
         """Dropout and noise are functions of the step too, so that no state has to be kept."""
-        place = (step * self.recipe.accumulate + part) * self.accelerator.num_processes
-        torch.manual_seed(self.recipe.seed * 1_000_003 + place + self.accelerator.process_index)
+        place = (step * self.training.accumulate + part) * self.accelerator.num_processes
+        torch.manual_seed(self.training.seed * 1_000_003 + place + self.accelerator.process_index)
 
     def _forward(self, ids_BL: Tensor) -> tuple[dict[str, float], Tensor]:
         """The values of a part, means over all processes, and the loss of this process."""
-        recipe, now = self.recipe, self.now
+        training, now = self.training, self.now
         found = self.learner(ids_BL)
-        loss = recipe.ce_weight * found["ce"]
-        if recipe.kl_weight:
-            loss = loss + recipe.kl_weight * found["kl"]
+        loss = training.ce_weight * found["ce"]
+        if training.kl_weight:
+            loss = loss + training.kl_weight * found["kl"]
         names = ["ce", *(["kl"] if "kl" in found else [])]
         values = [found[name].detach() for name in names]
         if "error" in found:
@@ -243,11 +243,11 @@ class Trainer:
         mean = self.accelerator.reduce(torch.stack(values), "mean")
         told = dict(zip(names, mean.tolist(), strict=True))
         if "experts" in told:
-            base = recipe.ce_weight * told["ce"] + recipe.kl_weight * told.get("kl", 0.0)
-            if now.lam is None or recipe.rescale:
+            base = training.ce_weight * told["ce"] + training.kl_weight * told.get("kl", 0.0)
+            if now.lam is None or training.rescale:
                 now.lam = (base or 1.0) / told["experts"] if told["experts"] else 0.0
             loss = loss + now.lam * experts
-        told["loss"] = recipe.ce_weight * told["ce"] + recipe.kl_weight * told.get("kl", 0.0)
+        told["loss"] = training.ce_weight * told["ce"] + training.kl_weight * told.get("kl", 0.0)
         told["loss"] += (now.lam or 0.0) * told.get("experts", 0.0)
         if not math.isfinite(told["loss"]):
             loss = loss.detach() * math.nan  # every process stops
@@ -288,7 +288,7 @@ class Trainer:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.plain.eval()
         sums = torch.zeros(3, dtype=torch.float64)
-        size = max(1, self.recipe.batch // self.recipe.accumulate // world)
+        size = max(1, self.training.batch // self.training.accumulate // world)
         for ids_BL in self.held_NL[rank::world].split(size):
             found = self.plain(ids_BL.to(self.accelerator.device), teach=True)
             both = [float(found.get("kl", found["ce"])), float(found["ce"]), 1.0]
@@ -320,7 +320,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
-def open_accelerator(cpu: bool, recipe: Recipe) -> Accelerator:
+def open_accelerator(cpu: bool, training: Training) -> Accelerator:
     """The processes that ``accelerate launch`` started, or this one alone.
 
     Raises:
@@ -334,10 +334,10 @@ def open_accelerator(cpu: bool, recipe: Recipe) -> Accelerator:
             f"cannot train with {kind}: every process has to hold the whole model",
             "launch with --multi_gpu or --cpu",
         )
-    parts = recipe.accumulate * accelerator.num_processes
-    if recipe.batch % parts:
+    parts = training.accumulate * accelerator.num_processes
+    if training.batch % parts:
         raise MoepruneError(
-            f"--batch {recipe.batch} cannot be cut into {parts} parts "
-            f"({recipe.accumulate} for each of {accelerator.num_processes} processes)"
+            f"--batch {training.batch} cannot be cut into {parts} parts "
+            f"({training.accumulate} for each of {accelerator.num_processes} processes)"
         )
     return accelerator

@@ -8,14 +8,14 @@ import torch
 from moeprune.errors import DataError, MoepruneError
 from moeprune.models.data import Domain
 from moeprune.recovery.order import Order, split
-from moeprune.recovery.recipe import RECIPES, recipe
+from moeprune.recovery.training import TRAININGS, training
 
 
-@pytest.mark.parametrize("how", RECIPES)
+@pytest.mark.parametrize("how", TRAININGS)
 def test_the_defaults_are_recipes(how: str) -> None:
-    made = recipe(how)
+    made = training(how)
     assert made.how == how
-    assert recipe(how, None, {"steps": None}) == made
+    assert training(how, None, {"steps": None}) == made
     assert made.to_json()["train"] == list(made.train)
 
 
@@ -38,19 +38,19 @@ def test_the_defaults_are_recipes(how: str) -> None:
 )
 def test_bad_recipes(how: str, preset: str | None, options: dict, problem: str) -> None:
     with pytest.raises(MoepruneError, match=problem):
-        recipe(how, preset, options)
+        training(how, preset, options)
 
 
 def test_the_preset_is_the_published_one_and_options_go_before_it() -> None:
-    made = recipe("lora", "moeits", {"steps": 7})
+    made = training("lora", "moeits", {"steps": 7})
     assert (made.rank, made.alpha, made.dropout, made.neftune) == (64, 16.0, 0.1, 5.0)
     assert (made.learning_rate, made.warmup, made.weight_decay) == (2e-4, 0.05, 0.05)
     assert made.steps == 7
-    assert recipe("lora", "moeits").steps == 500
+    assert training("lora", "moeits").steps == 500
 
 
 def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
-    made = recipe("full", None, {"steps": 100, "warmup": 0.1, "learning_rate": 1.0})
+    made = training("full", None, {"steps": 100, "warmup": 0.1, "learning_rate": 1.0})
     rates = [made.rate(1.0, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(1.0)

@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Training:
     """How a student is trained.
 
     The loss of a step is ``ce_weight * CE + kl_weight * KL(teacher || student) + lambda * S``:
@@ -130,13 +130,13 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-RECIPES: dict[str, Recipe] = {
+TRAININGS: dict[str, Training] = {
     # KL, the cross-entropy against the teacher's probabilities, is far less noisy than text
-    "expert-kd": Recipe("expert-kd", ("experts",), ce_weight=0.0, kl_weight=1.0),
-    "router-kd": Recipe("router-kd", ("routers",), ce_weight=0.0, kl_weight=1.0),
-    "logit-kd": Recipe("logit-kd", GROUPS, ce_weight=0.0, kl_weight=1.0),
-    "lora": Recipe("lora", ("experts", "rest"), neftune=5.0, weight_decay=0.05, warmup=0.05),
-    "full": Recipe("full", GROUPS),
+    "expert-kd": Training("expert-kd", ("experts",), ce_weight=0.0, kl_weight=1.0),
+    "router-kd": Training("router-kd", ("routers",), ce_weight=0.0, kl_weight=1.0),
+    "logit-kd": Training("logit-kd", GROUPS, ce_weight=0.0, kl_weight=1.0),
+    "lora": Training("lora", ("experts", "rest"), neftune=5.0, weight_decay=0.05, warmup=0.05),
+    "full": Training("full", GROUPS),
 }
 """The defaults of every way to recover."""
 
@@ -158,19 +158,21 @@ for ``expert-kd``; ``moeits``, arXiv 2604.10603, for ``lora``."""
 _PRESET_OF = {"moe-pruner": "expert-kd", "moeits": "lora"}
 
 
-def recipe(how: str, preset: str | None = None, options: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of ``how``; what ``options`` names, other than None, goes before the preset.
+def training(
+    how: str, preset: str | None = None, options: Mapping[str, Any] | None = None
+) -> Training:
+    """The training of ``how``; what ``options`` names, other than None, goes before the preset.
 
     Raises:
         MoepruneError: there is no such way, preset or option, or a value makes no sense.
     """
-    if how not in RECIPES:
-        raise MoepruneError(f"unknown way to recover {how!r}", nearest(how, RECIPES))
+    if how not in TRAININGS:
+        raise MoepruneError(f"unknown way to recover {how!r}", nearest(how, TRAININGS))
     if preset is not None and _PRESET_OF.get(preset) != how:
         known_presets = [f"--how {way} --preset {name}" for name, way in _PRESET_OF.items()]
         raise MoepruneError(f"no preset {preset!r} for {how}", "; ".join(known_presets))
     given = {name: value for name, value in (options or {}).items() if value is not None}
-    known = {field.name for field in fields(Recipe)} - {"how"}
+    known = {field.name for field in fields(Training)} - {"how"}
     for name in given:
         if name not in known:
             raise MoepruneError(f"unknown option {name!r} of recovery", nearest(name, known))
@@ -178,4 +180,4 @@ def recipe(how: str, preset: str | None = None, options: Mapping[str, Any] | Non
         given["train"] = tuple(given["train"])
     if given.get("adapter") and how != "lora":
         raise MoepruneError(f"--adapter is for lora, and {how} trains the weights themselves")
-    return replace(RECIPES[how], **{**PRESETS.get(preset or "", {}), **given})
+    return replace(TRAININGS[how], **{**PRESETS.get(preset or "", {}), **given})
