@@ -328,6 +328,7 @@ def sums_by_definition(
             width = matrices(experts, e)["down"].shape[1]
             h_nI, f_nH = x_nH.new_zeros(0, width), x_nH.new_zeros(0, x_nH.shape[1])
         g_n1, norm_n = g_n[:, None], f_nH.norm(dim=1)
+        one_x_nK = torch.cat((torch.ones_like(x_nH[:, :1]), x_nH), dim=1)
         mean_H = f_nH.mean(dim=0) if len(tokens) else f_nH.sum(dim=0)
         values = {
             "routing.count_E": torch.tensor(len(tokens)),
@@ -341,11 +342,16 @@ def sums_by_definition(
             "outputs.count_E": torch.tensor(len(tokens)),
             "outputs.mean_EH": mean_H,
             "outputs.m2_EH": ((f_nH - mean_H) ** 2).sum(dim=0),
+            "outputs.gate_f_EH": (g_n1 * f_nH).sum(dim=0),
             "outputs.gated_EH": (g_n1**2 * f_nH).sum(dim=0),
             "outputs.norm_E": norm_n.sum(),
             "outputs.norm_sq_E": (norm_n**2).sum(),
             "outputs.gate_norm_E": (g_n * norm_n).sum(),
+            "outputs.gate_norm_sq_E": (g_n * norm_n**2).sum(),
             "outputs.gate_sq_norm_sq_E": (g_n**2 * norm_n**2).sum(),
+            "outputs.max_E": f_nH.abs().max() if len(tokens) else f_nH.new_zeros(()),
+            "novice-gram.moments_EKK": (g_n1 * one_x_nK).T @ (g_n1 * one_x_nK),
+            "novice-gram.cross_EHK": (g_n1 * f_nH).T @ (g_n1 * one_x_nK),
             "input-gram.gram_EHH": x_nH.T @ x_nH,
             "hidden-gram.gram_EII": h_nI.T @ h_nI,
         }
@@ -359,6 +365,7 @@ def sums_by_definition(
         "routing.together_EE": together_EE,
         "router.sum_E": z_TE.sum(dim=0),
         "router.gram_EE": z_TE.T @ z_TE,
+        "router.prob_E": z_TR.double().softmax(dim=1)[:, :E].sum(dim=0),
         "sample.key_S": key_T[smallest],
         "sample.x_SH": x_TH[smallest],
         "sample.z_SR": z_TR[smallest],

@@ -35,6 +35,7 @@ class ExpertSkipping:
     slots: dict[int, int] = field(default_factory=dict)
     skipped: dict[int, int] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
+    _flags: list[tuple[Any, bool]] = field(default_factory=list)
 
     @property
     def share(self) -> float:
@@ -45,7 +46,10 @@ class ExpertSkipping:
         """Switch it off."""
         for handle in self._handles:
             handle.remove()
+        for experts, before in self._flags:
+            experts._is_expert_parallel = before
         self._handles.clear()
+        self._flags.clear()
 
 
 def skip_experts(
@@ -81,11 +85,14 @@ def skip_experts(
         raise MoepruneError(f"layer {unknown[0]} has a threshold, but no experts")
     result = ExpertSkipping()
     for layer, skipping in thresholds.items():
-        experts = sites[layer].experts
-        if not hasattr(experts, "has_gate"):
+        experts: Any = sites[layer].experts
+        if not hasattr(experts, "_is_expert_parallel"):
             raise UnsupportedModelError(
                 f"{type(experts).__name__} is not told what its router chose"
             )
+        # otherwise the kernels leave the rows of ids from E on as they find them in memory
+        result._flags.append((experts, experts._is_expert_parallel))
+        experts._is_expert_parallel = True
         hook = _hook(layer, skipping, sites[layer].shape.experts, result)
         result._handles.append(experts.register_forward_pre_hook(hook))
     return result

@@ -96,6 +96,8 @@ def plan(
     layers = fixed.heeded(decider.layers(budget, warnings.append), chosen.name)
     check_novices(model, layers)
     warnings += [*kernel_warnings(model, layers), *_table_warnings(layout, layers)]
+    context = replace(context, budget=budget, warn=warnings.append)
+    dropped = _dropped_layers(chosen, store, context)
     result = Plan(
         layers=layers,
         method=chosen.name,
@@ -111,7 +113,7 @@ def plan(
         seed=seed,
         warnings=tuple(dict.fromkeys(warnings)),  # a layer may be planned more than once
         versions=versions(),
-        drop_layers=_dropped_layers(chosen, store, replace(context, budget=budget)),
+        drop_layers=dropped,
     )
     result.check(shapes)
     return result

@@ -160,9 +160,10 @@ class Steps:
         if step.needs:
             projected = number > 0 and step.statistics == PROJECT
             observed = "the original, projected" if projected else "the model that it changes"
+        given = number == 0 and self.statistics is not None  # refused if the method cannot use it
         start = time.perf_counter()
         plan = make_plan(
-            source, step.method, step.budget, known if step.needs else None, self.text,
+            source, step.method, step.budget, known if step.needs or given else None, self.text,
             compute=self.compute, seed=step.seed, progress=self.progress, uniform=step.uniform,
             constraints=step.constraints, writing=self.writing,
         )  # fmt: skip
