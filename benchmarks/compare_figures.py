@@ -123,7 +123,7 @@ def page(result: Mapping[str, Any]) -> str:
     text = HEAD.format(
         command=result["command"],
         make="or both by `make compare`"
-        if result["command"] == MAKE
+        if result["command"].removesuffix(" --json") == MAKE
         else "a shorter run than that of `make compare`",
         model=f"Model `{result['model']['name']}`",
         calibration="; ".join(
