@@ -21,6 +21,7 @@ from typing import Any
 from moeprune.errors import MoepruneError, OutputError
 
 _CHUNK = 1 << 22
+_PLAN_WEIGHTS = re.compile(r"layer-\d{5}\.safetensors")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -65,7 +66,9 @@ def _refuse_parent(path: Path) -> None:
 
 def _looks_like_ours(path: Path) -> bool:
     names = ("moeprune.json", "manifest.json", "demo.json", "compare.json")
-    return any((path / name).is_file() for name in names)
+    if any((path / name).is_file() for name in names):
+        return True
+    return all(_PLAN_WEIGHTS.fullmatch(file.name) for file in path.iterdir())
 
 
 def _fsync(path: Path) -> None:

@@ -63,7 +63,7 @@ def test_the_choice_is_by_the_error_over_the_tokens() -> None:
 
 def test_a_rank_that_saves_nothing_is_refused() -> None:
     view = view_of(SMALL, collected(SMALL, random_rows(SMALL, 20), needs=MoNEAffine.needs))
-    with pytest.raises(MoepruneError, match="rank 5 saves nothing: the block is 8 wide"):
+    with pytest.raises(MoepruneError, match="rank 5 saves nothing: an expert is 8 x 12"):
         MoNEAffine(rank=5).plan_layer(view, Context(Budget(keep=2)))
 
 

@@ -134,3 +134,5 @@ def _print(result: Recovered) -> None:
     output.print_facts(f"recovered: {result.path}", facts)
     if result.held is not None and result.best_step == 0:
         output.note("warning: no step was better than the student as it was, which is written")
+    elif result.held is not None and result.held[1] >= result.held[0]:
+        output.note("warning: merging lost what training won: the result is worse than the student")

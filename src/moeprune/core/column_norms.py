@@ -57,6 +57,8 @@ class ColumnNormMethod(Method):
         sq_EH, sq_EI = self.squared_norms(inputs, hidden)
         rare_E = count_E < self.min_tokens
         layer_norm_H = inputs.sq_EH.sum(dim=0).sqrt()
+        if not bool(layer_norm_H.isfinite().all() and layer_norm_H.any()):
+            layer_norm_H = torch.ones_like(layer_norm_H)  # nothing is known: magnitude
         scale_in_EH = torch.where(rare_E[:, None], layer_norm_H, sq_EH.sqrt())
         scale_mid_EI = sq_EI.sqrt().masked_fill(rare_E[:, None], 1.0)
         rare = torch.nonzero(rare_E).reshape(-1).tolist()

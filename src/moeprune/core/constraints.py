@@ -21,8 +21,8 @@ class Constraints:
     """What a user wants of certain experts, whatever their scores.
 
     Attributes:
-        pin: experts that must stay as they are, each ``LAYER:IDS``, for example ``3:5,7``; ``*``
-            for the layer means all MoE layers.
+        pin: experts that must stay, each ``LAYER:IDS``, for example ``3:5,7``; ``*`` for the
+            layer means all MoE layers. A method that merges may still add to their weights.
         forbid: experts that must not stay, written alike.
         protect_super: pin the super experts (``core.ops.super_experts``) as well.
     """

@@ -150,6 +150,7 @@ class Method(ABC):
         budgets: the budget kinds it understands (``ratio``, ``keep``, ``tau``, ``pattern``).
         needs: accumulators that it reads; empty for a data-free method.
         changes: what it does to values, as a verb phrase; None if it only deletes experts.
+        keeps: what ``keep`` counts: ``experts``, ``neurons`` or ``layers``.
         unedited: the option that makes a sequential method score the unedited model instead.
     """
 
@@ -159,6 +160,7 @@ class Method(ABC):
     budgets: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ()
     changes: ClassVar[str | None] = None
+    keeps: ClassVar[str] = "experts"
     unedited: ClassVar[str] = "propagate=dense"
 
     @property
@@ -195,12 +197,17 @@ class Method(ABC):
         """This method when every layer is to lose the same number; overridden if layers compete."""
         return self
 
+    @property
+    def chooses_experts(self) -> bool:
+        """Whether it decides which experts stay."""
+        return "keep" in self.budgets and self.keeps == "experts"
+
     def accept(self, budget: Budget) -> None:
         """Raise ``BudgetError`` if this method does not understand ``budget``."""
         if budget.kind not in self.budgets:
             allowed = ", ".join(f"--{kind}" for kind in self.budgets)
             raise BudgetError(f"{self.name} has no --{budget.kind}", f"it takes {allowed}")
-        if budget.multiple_of > 1 and "keep" not in self.budgets:
+        if budget.multiple_of > 1 and not self.chooses_experts:
             raise BudgetError(f"{self.name} removes no experts: --multiple-of means nothing to it")
 
     def options(self) -> dict[str, Any]:

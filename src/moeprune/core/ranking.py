@@ -133,12 +133,14 @@ class Ranking(Method):
 
     def _rated(self, view: LayerView, context: Context) -> Rating:
         rating = self.rate(view, context)
-        unknown = [expert for expert, score in enumerate(rating.scores) if math.isnan(score)]
+        unknown = [expert for expert, score in enumerate(rating.scores) if not math.isfinite(score)]
         if unknown:
             context.warn(
                 f"layer {view.shape.layer}: experts {unknown} gave outputs that are not finite; "
                 f"they are {self.gone} first"
             )
+            scores = [score if math.isfinite(score) else math.nan for score in rating.scores]
+            rating = replace(rating, scores=scores)
         return rating
 
     def _candidates(self, shape: LayerShape, rating: Rating, context: Context) -> Candidates:

@@ -8,7 +8,7 @@ from torch import Tensor
 from moeprune.core.accumulators import Routing, TokenSample
 from moeprune.core.budget import least_kept, removal_range
 from moeprune.core.method import Block, Context, LayerView
-from moeprune.core.ops.reconstruction import Norm, Reconstruction, output_gram
+from moeprune.core.ops.reconstruction import Norm, Reconstruction, finite_rows, output_gram
 from moeprune.core.ops.routing import SubsetRouter, fit_rule
 from moeprune.core.ops.subsets import Choice
 from moeprune.errors import BudgetError, MoepruneError, UnsupportedModelError
@@ -91,7 +91,7 @@ def _dense_output(view: LayerView, block: Block, sample: TokenSample) -> Tensor:
     for expert in range(view.shape.experts):
         tokens_n, slots_n = torch.nonzero(dense.index_SK == expert, as_tuple=True)
         if len(tokens_n):
-            f_nH = block.outputs(expert, dense.x_SH[tokens_n]).double()
+            f_nH = finite_rows(block.outputs(expert, dense.x_SH[tokens_n]).double())
             gate_n = dense.gate_SK[tokens_n, slots_n].double()
             target_SH.index_add_(0, tokens_n, f_nH * gate_n[:, None])
     return target_SH

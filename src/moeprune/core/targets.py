@@ -61,11 +61,20 @@ class Target:
 
     def accept(self, method: Method) -> None:
         """Raise ``BudgetError`` unless ``method`` makes checkpoints smaller by whole experts."""
-        if "keep" not in method.budgets:
+        if not method.chooses_experts:
             raise BudgetError(
-                f"{method.name} leaves every tensor its size: --{self.option} cannot be reached",
-                "zeros are stored like any number; choose a method that removes experts",
+                f"{method.name} does not choose experts: --{self.option} is met by removing those",
+                "choose a method that removes, replaces or merges experts",
             )
+
+        if competes(method):
+            try:
+                method.accept(Budget(total=0))
+            except BudgetError as error:
+                raise BudgetError(
+                    f"{method.name} shares a ratio out among layers, and cannot be given a total",
+                    "use --ratio, or -o scope=layer",
+                ) from error
 
     def candidates(self, method: Method, shapes: Sequence[LayerShape]) -> list[Budget]:
         """The budgets of ``method`` from nothing removed to everything removed, in that order.

@@ -33,6 +33,7 @@ class Angular(Method):
     summary: ClassVar[str] = "drop whole layers that turn the residual stream least"
     source: ClassVar[str] = "arXiv 2403.17887"
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "keep")
+    keeps: ClassVar[str] = "layers"
     needs: ClassVar[tuple[str, ...]] = (NAME,)
 
     tokens: Literal["last", "all"] = "last"

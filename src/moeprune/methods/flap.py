@@ -23,6 +23,7 @@ from moeprune.core.ops.neurons import (
 )
 from moeprune.core.plan import LayerPlan
 from moeprune.core.width import neurons_to_keep, warn_of_nothing
+from moeprune.errors import BudgetError
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class FLAP(Method):
     summary: ClassVar[str] = "narrow experts by how little a channel fluctuates"
     source: ClassVar[str] = "arXiv 2312.11983"
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "keep")
+    keeps: ClassVar[str] = "neurons"
     needs: ClassVar[tuple[str, ...]] = ("routing", "hidden")
     changes: ClassVar[str | None] = "rebuilds experts"
 
@@ -86,6 +88,11 @@ class FLAP(Method):
                 whole = shape.experts * shape.intermediate
                 remove += math.floor(whole * budget.ratio + 1e-9)
             step = max(step, shape.intermediate)
+        if len({score_EI.shape[1] for score_EI in scores}) > 1:
+            raise BudgetError(
+                "its layers have experts of different widths, and the result would have one",
+                "use -o structure=uniform",
+            )
         keeps = above_threshold(scores, remove)
         widest = max(int(keep_EI.sum(dim=1).max()) for keep_EI in keeps)
         width = min(math.ceil(widest / self.align) * self.align, step)

@@ -77,14 +77,14 @@ class HCSMoE(Method):
             x_SH, block = view.need().part(TokenSample).x_SH, view.need_block()
             experts = range(view.shape.experts)
             mean_EH = torch.stack([block.outputs(e, x_SH).double().mean(dim=0) for e in experts])
-            bad = torch.nonzero(~torch.isfinite(mean_EH).all(dim=1)).reshape(-1).tolist()
-            if bad:
-                context.warn(
-                    f"layer {view.shape.layer}: experts {bad} gave outputs that are not finite on "
-                    "the sampled tokens: they are clustered last"
-                )
             context.memo[key] = mean_EH.cpu()
         found: Tensor = context.memo[key]
+        bad = torch.nonzero(~torch.isfinite(found).all(dim=1)).reshape(-1).tolist()
+        if bad:
+            context.warn(
+                f"layer {view.shape.layer}: experts {bad} gave outputs that are not finite on "
+                "the sampled tokens: they are clustered last"
+            )
         return found
 
     def _core_of(

@@ -47,10 +47,14 @@ class MoNEAffine(Replacer):
 
     def rate(self, view: LayerView, context: Context) -> Rating:
         """The error that each expert's best map leaves."""
-        if self.rank > view.shape.hidden // 2:
+        shape = view.shape
+        if (1 + 2 * self.rank) * shape.hidden >= shape.expert_parameters or (
+            self.rank > shape.hidden // 2
+        ):
             raise MoepruneError(
-                f"rank {self.rank} saves nothing: the block is {view.shape.hidden} wide",
-                f"use -o rank={max(1, view.shape.hidden // 8)} or less",
+                f"rank {self.rank} saves nothing: an expert is {shape.hidden} x "
+                f"{shape.intermediate}",
+                f"use -o rank={max(1, min(shape.hidden, shape.intermediate) // 8)} or less",
             )
         errors = []
         for expert in range(view.shape.experts):

@@ -38,6 +38,7 @@ class Slim(Method):
     summary: ClassVar[str] = "narrow all experts to their best neurons"
     source: ClassVar[str] = "structured pruning by norms, arXiv 1608.08710"
     budgets: ClassVar[tuple[str, ...]] = ("ratio", "keep")
+    keeps: ClassVar[str] = "neurons"
     needs: ClassVar[tuple[str, ...]] = ("routing", "hidden")
     changes: ClassVar[str | None] = "rebuilds experts"
 

@@ -30,8 +30,11 @@ from moeprune.models.writer import Piece
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
-_BY_LAYER = ("per_layer_config", "experts_per_layer", "approximate_experts")
+_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "expert_offsets")
+_BY_LAYER = (
+    "per_layer_config", "experts_per_layer", "approximate_experts", "experts_served_by",
+    "expert_skipping",
+)  # fmt: skip
 _PER_LAYER = re.compile(r"(?!mtp).*(?:layer.*|_types|_per_layer)")
 _PATTERNS = ("hybrid_override_pattern",)
 _OWN_INDEX = re.compile(r".*(?:layer|idx|index|block).*")
@@ -134,12 +137,13 @@ class Shallower:
         if key in _BY_LAYER and isinstance(value, dict):
             entries = {int(index): entry for index, entry in value.items()}
             return {str(new): entries[o] for new, o in enumerate(self.kept) if o in entries}
-        if not isinstance(value, (list, tuple)) or not _PER_LAYER.fullmatch(key):
+        known = key in _INDEX_LISTS
+        if not isinstance(value, (list, tuple)) or not (known or _PER_LAYER.fullmatch(key)):
             return None
+        if known:
+            return [new for new, old in enumerate(self.kept) if old in value]
         if key == "ple_layer_ids":  # counted from 1
             return [new + 1 for new, old in enumerate(self.kept) if old + 1 in value]
-        if key in _INDEX_LISTS:
-            return [new for new, old in enumerate(self.kept) if old in value]
         if len(value) >= before and len(value) - before in (0, *self._heads):
             return [value[index] for index in self.kept] + list(value[before:])
         return None
@@ -274,7 +278,7 @@ def _differences(old: nn.Module, new: nn.Module, was: int, now: int) -> Iterator
             return
         yield from _different_tensors(name, module, other)
         mine, theirs = _plain(module), _plain(other)
-        for key in mine.keys() | theirs.keys():
+        for key in sorted(mine.keys() | theirs.keys()):
             a, b = mine.get(key), theirs.get(key)
             if a != b and not _is_index(key, a, b, was, now):
                 yield f"{name + '.' if name else ''}{key} would be {b!r}, not {a!r}"

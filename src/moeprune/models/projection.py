@@ -43,7 +43,8 @@ def project_layer(
     """
     before = statistics.shape
     same = (before.hidden, before.intermediate) == (shape.hidden, shape.intermediate)
-    if plan.replaced or len(plan.keep) != shape.experts or not same:
+    other = plan.replaced or plan.rebuilds or plan.answers or plan.router_CE is not None
+    if other or len(plan.keep) != shape.experts or not same:
         raise MoepruneError(
             f"layer {plan.layer}: statistics can be projected only where experts are deleted or "
             "masked",

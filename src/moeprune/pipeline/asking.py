@@ -30,7 +30,7 @@ def accept(method: Method, budget: Budget | Target, constraints: Constraints) ->
         budget.accept(method)
     else:
         method.accept(budget)
-    if constraints and "keep" not in method.budgets:
+    if constraints and not method.chooses_experts:
         raise MoepruneError(
             f"{method.name} removes no experts: --pin, --forbid and --protect-super mean nothing"
         )

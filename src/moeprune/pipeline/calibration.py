@@ -25,6 +25,7 @@ from moeprune.pipeline.inputs import (
     describe_model,
     model_name,
     read_calibration,
+    refuse_source,
     silent,
 )
 
@@ -46,6 +47,7 @@ def calibrate(
     out = Path(out)
     refuse_existing(out, force)
     checkpoint = Checkpoint.open(source, compute.trust_remote_code)
+    refuse_source(checkpoint, out)
     model = compute.open(checkpoint)
     refuse(model)
     domains = read_calibration(checkpoint, text)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moeprune.errors import DataError, MoepruneError
+from moeprune.errors import DataError, MoepruneError, OutputError
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
@@ -92,6 +92,14 @@ def describe_model(model: LayeredModel, name: str) -> dict[str, Any]:
         "experts": shape.experts,
         "top_k": shape.top_k,
     }
+
+
+def refuse_source(checkpoint: Checkpoint, out: Path) -> None:
+    """Replacing an output must not delete the model that is read."""
+    if checkpoint.path.is_relative_to(out.resolve()):
+        raise OutputError(
+            f"the output {out} is the model itself, or holds it", "choose another --out"
+        )
 
 
 def model_name(source: Source) -> str:

@@ -16,7 +16,15 @@ from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.quantised import Quantisation
 from moeprune.models.store import versions
-from moeprune.pipeline.inputs import Compute, Progress, Source, Text, model_name, read_calibration
+from moeprune.pipeline.inputs import (
+    Compute,
+    Progress,
+    Source,
+    Text,
+    model_name,
+    read_calibration,
+    refuse_source,
+)
 from moeprune.pipeline.inputs import silent as quiet
 from moeprune.recovery.pairing import check_teacher, made_from, provenance
 from moeprune.recovery.session import Session
@@ -114,7 +122,7 @@ def recover(
     _refuse_output(out, folder, resume, force)
     student = _student(source, out, compute)
     record = provenance(student)
-    master = _teacher(student, teacher, made, compute)
+    master = _teacher(student, teacher, out, made, compute)
     domains = read_calibration(student, text)
     facts = data.describe(domains)
     header = {
@@ -231,13 +239,14 @@ def _student(source: Source, out: Path, compute: Compute) -> Checkpoint:
 
 
 def _teacher(
-    student: Checkpoint, teacher: Source | None, made: Training, compute: Compute
+    student: Checkpoint, teacher: Source | None, out: Path, made: Training, compute: Compute
 ) -> Checkpoint | None:
     if teacher is None:
         if made.how == "expert-kd" or made.kl_weight:
             raise MoepruneError(f"{made.how} learns from a teacher", "give --teacher MODEL")
         return None
     master = Checkpoint.open(teacher, compute.trust_remote_code)
+    refuse_source(master, out)
     layers_matter = made.how == "expert-kd" or not made_from(student, master)
     check_teacher(student, master, same_layers=layers_matter)
     return master

@@ -28,11 +28,12 @@ from moeprune.pipeline.inputs import (
     Text,
     model_name,
     read_heldout,
+    refuse_source,
     silent,
 )
 from moeprune.pipeline.inspection import inspect
 from moeprune.pipeline.planning import plan
-from moeprune.pipeline.steps import Step, Steps, refuse_source
+from moeprune.pipeline.steps import Step, Steps
 
 __all__ = [
     "Compute",

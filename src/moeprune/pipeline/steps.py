@@ -23,7 +23,7 @@ from moeprune.models.projection import project_statistics
 from moeprune.models.surgery import apply_plan
 from moeprune.pipeline.asking import PROTECTION_NEEDS, accept
 from moeprune.pipeline.calibration import calibrate
-from moeprune.pipeline.inputs import Compute, Progress, Source, Text, silent
+from moeprune.pipeline.inputs import Compute, Progress, Source, Text, refuse_source, silent
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
 from moeprune.pipeline.planning import plan as make_plan
 
@@ -111,6 +111,11 @@ class Steps:
             refuse_method(original, step.method.changes, self.writing.dequantize)
         if self.keep is not None:
             refuse_existing(self.keep, False)
+            if self.out.resolve().is_relative_to(self.keep.resolve()):
+                raise OutputError(
+                    f"the steps would be kept in {self.keep}, and the output is that or inside it",
+                    "choose another --keep-steps",
+                )
         reset_peak_memory()
         work = Path(tempfile.mkdtemp(prefix="moeprune-", dir=self._room()))
         try:
@@ -207,18 +212,10 @@ class Steps:
         assert self.keep is not None
         self.keep.mkdir(parents=True)
         for folder in sorted(work.glob("step-*")):
-            folder.rename(self.keep / folder.name)
+            shutil.move(folder, self.keep / folder.name)  # perhaps on another disk
 
 
 def _nonzero(directory: Path) -> int:
     """Values that are not zero, counted: a plan does not know what earlier ones zeroed."""
     checkpoint = Checkpoint.open(directory)
     return sum(int(checkpoint.read(key).count_nonzero()) for key in checkpoint.tensors)
-
-
-def refuse_source(checkpoint: Checkpoint, out: Path) -> None:
-    """Replacing an output must not delete the model that is read."""
-    if checkpoint.path.is_relative_to(out.resolve()):
-        raise OutputError(
-            f"the output {out} is the model itself, or holds it", "choose another --out"
-        )

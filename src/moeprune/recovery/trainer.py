@@ -198,12 +198,13 @@ class Trainer:
             for name, value in values.items():
                 total[name] = total.get(name, 0.0) + value / training.accumulate
         self.zeros.gradients()
-        if not now.norms:
-            self._check_gradients()
+        first = None if now.norms else self._gradient_norms()
         norm = float(
             self.accelerator.clip_grad_norm_(list(self.weights.values()), training.clip or math.inf)
         )
         self._check(torch.tensor(norm), header)
+        if first is not None:
+            self._check_gradients(first)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.zeros.weights()
@@ -245,8 +246,10 @@ class Trainer:
         if "experts" in told:
             base = training.ce_weight * told["ce"] + training.kl_weight * told.get("kl", 0.0)
             if now.lam is None or training.rescale:
-                now.lam = (base or 1.0) / told["experts"] if told["experts"] else 0.0
-            loss = loss + now.lam * experts
+                lam = (base or 1.0) / told["experts"] if told["experts"] else 0.0
+                # the state of the last good step holds finite numbers only
+                now.lam = lam if math.isfinite(lam) else now.lam
+            loss = loss + (now.lam or 0.0) * experts
         told["loss"] = training.ce_weight * told["ce"] + training.kl_weight * told.get("kl", 0.0)
         told["loss"] += (now.lam or 0.0) * told.get("experts", 0.0)
         if not math.isfinite(told["loss"]):
@@ -265,19 +268,23 @@ class Trainer:
             "try a smaller --learning-rate or --dtype float32, with --force to begin again",
         )
 
-    def _check_gradients(self) -> None:
-        """Raise unless everything that is said to train gets a gradient."""
+    def _gradient_norms(self) -> dict[str, float]:
+        """The norm of the gradient, by group."""
         squares: dict[str, float] = {}
         for name, p in self.weights.items():
             own = 0.0 if p.grad is None else float(p.grad.double().square().sum())
             group = self.groups[name]
             squares[group] = squares.get(group, 0.0) + own
-        self.now.norms = {group: math.sqrt(value) for group, value in squares.items()}
-        lost = [group for group, value in squares.items() if value == 0]
-        if len(lost) == len(squares) or (lost and self.now.lam != 0.0):
+        return {group: math.sqrt(value) for group, value in squares.items()}
+
+    def _check_gradients(self, norms: dict[str, float]) -> None:
+        """Raise unless everything that is said to train gets a gradient in the first step."""
+        self.now.norms = norms
+        lost = [group for group, value in norms.items() if value == 0]
+        if len(lost) == len(norms) or (lost and self.now.lam != 0.0):
             raise MoepruneError(
                 f"{lost[0]} are to be trained, and the loss gives them no gradient",
-                f"--train {','.join(g for g in squares if g not in lost) or 'experts,routers'}",
+                f"--train {','.join(g for g in norms if g not in lost) or 'experts,routers'}",
             )
 
     @torch.no_grad()

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moeprune.errors import BudgetError
+
 
 def magnitude(matrices: Mapping[str, Tensor]) -> Tensor:
     """``|g_j| |u_j| |d_j|``, float64 [I]; without a gate matrix ``|u_j| |d_j|``.
@@ -52,10 +54,15 @@ def fluctuation(sum_EI: Tensor, sq_EI: Tensor, count_E: Tensor) -> Tensor:
 
 
 def standardised(score_EI: Tensor) -> Tensor:
-    """Each expert's scores minus their mean, over their standard deviation; zero where it is."""
-    centred = score_EI - score_EI.mean(dim=1, keepdim=True)
-    deviation_E1 = score_EI.std(dim=1, keepdim=True, correction=0)
-    return torch.where(deviation_E1 > 0, centred / deviation_E1.clamp(min=1e-300), 0.0)
+    """Each expert's scores minus their mean, over their standard deviation; zero where it is.
+
+    Scores that are not finite become NaN and do not count.
+    """
+    known_EI = score_EI.masked_fill(~score_EI.isfinite(), math.nan)
+    centred_EI = known_EI - known_EI.nanmean(dim=1, keepdim=True)
+    deviation_E1 = centred_EI.square().nanmean(dim=1, keepdim=True).sqrt()
+    equal_EI = (deviation_E1 <= 0) & ~known_EI.isnan()
+    return (centred_EI / deviation_E1.clamp(min=1e-300)).masked_fill(equal_EI, 0.0)
 
 
 def top(score_EI: Tensor, J: int, tie_EI: Tensor | None = None) -> Tensor:
@@ -78,7 +85,16 @@ def above_threshold(score_LEI: Sequence[Tensor], remove: int) -> list[Tensor]:
 
     The best channel of every expert stays whatever its score, so that no expert is empty; as many
     others go in its place. Of equal scores the first goes.
+
+    Raises:
+        BudgetError: fewer than one per expert would stay.
     """
+    left = sum(score_EI.numel() for score_EI in score_LEI) - remove
+    if left < (experts := sum(len(score_EI) for score_EI in score_LEI)):
+        raise BudgetError(
+            f"{left} neurons would stay for {experts} experts, and each needs one",
+            "use a smaller ratio",
+        )
     flat = torch.cat([score_EI.reshape(-1) for score_EI in score_LEI]).double()
     flat = flat.masked_fill(flat.isnan(), -math.inf)
     best, start = [], 0

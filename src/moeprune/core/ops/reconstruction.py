@@ -43,6 +43,11 @@ class OutputGram:
     broken: tuple[int, ...] = ()
 
 
+def finite_rows(f_nH: Tensor) -> Tensor:
+    """``f_nH`` with zeros for tokens whose output is not finite."""
+    return f_nH.masked_fill(~torch.isfinite(f_nH).all(dim=1, keepdim=True), 0.0)
+
+
 def output_gram(
     outputs: Callable[[int, Tensor], Tensor],
     x_SH: Tensor,
@@ -68,7 +73,7 @@ def output_gram(
             f_nH = outputs(expert, x_nH).double()
             if not bool(torch.isfinite(f_nH).all()):
                 broken.add(expert)
-                f_nH = torch.zeros_like(f_nH)
+                f_nH = finite_rows(f_nH)
             f_nEH[:, expert] = f_nH
         grams.append(f_nEH @ f_nEH.transpose(1, 2))
         if target_SH is not None:

@@ -84,7 +84,7 @@ class Maker:
             plan = self.plan(cell)
             file.parent.mkdir(exist_ok=True)
             write_plan(plan, file, force=True)
-            row |= planned(plan, file, time.perf_counter() - start)
+            row |= planned(cell, plan, file, time.perf_counter() - start)
             self.run.save(cell.key, row)
         start = time.perf_counter()
         sizes = apply_plan(
@@ -126,12 +126,12 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def planned(plan: Plan, file: Path, seconds: float) -> dict[str, Any]:
+def planned(cell: Cell, plan: Plan, file: Path, seconds: float) -> dict[str, Any]:
     """What the plan adds to a row."""
     return {
         "status": PLANNED,
-        "kind": kind_of(plan),
-        "removes": removes(plan),
+        "kind": kind_of(plan, cell.entry.method),
+        "removes": removes(plan, cell.entry.method),
         "plan": f"{file.parent.name}/{file.name}",
         "plan_sha256": sha256_file(file),
         "decision": _decision(plan, file),

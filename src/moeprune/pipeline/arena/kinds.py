@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from moeprune.core.method import Method
 from moeprune.core.plan import Plan
 
 DROPPING, NOVICES, MERGING = "dropping", "novices", "merging"
 INSIDE, LAYERS, MIXED = "inside", "layers", "mixed"
 
 
-def kind_of(plan: Plan) -> str:
+def kind_of(plan: Plan, method: Method) -> str:
     """Dropping, novices, merging, inside, layers or, where experts and weights go, mixed."""
     layers = plan.layers.values()
     if plan.drop_layers:
@@ -21,14 +22,13 @@ def kind_of(plan: Plan) -> str:
     inside = any(layer.mask is not None or layer.rebuilds for layer in layers)
     if gone:
         return MIXED if inside else DROPPING
-    return INSIDE if inside else DROPPING
+    return INSIDE if inside or method.changes is not None else DROPPING
 
 
-def removes(plan: Plan) -> str:
+def removes(plan: Plan, method: Method) -> str:
     """What a ratio is a fraction of, for the table."""
-    kind = kind_of(plan)
-    if kind == INSIDE and any(layer.neurons is not None for layer in plan.layers.values()):
-        return "neurons"
+    if not method.chooses_experts and "keep" in method.budgets:
+        return method.keeps
     return {
         DROPPING: "experts",
         NOVICES: "experts, by constants",
@@ -36,4 +36,4 @@ def removes(plan: Plan) -> str:
         INSIDE: "weights",
         LAYERS: "layers",
         MIXED: "experts, weights",
-    }[kind]
+    }[kind_of(plan, method)]

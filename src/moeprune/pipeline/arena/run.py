@@ -151,15 +151,17 @@ def _identity(
         "held-out text": data.describe(windows)["hash"],
     }
     hashes: dict[str, str] = {}
-    for calibration in texts:
-        text = calibration.text
+    named = {calibration.name: calibration.text for calibration in texts}
+    for calibration in texts:  # what combinations are sums of is shared between them
+        named |= {f"{name} of a sum": text for name, text in calibration.parts}
+    for label, text in named.items():
         parts = []
         for name, file in sorted(data.parse_sources(text.sources, "calibration").items()):
             hashes.setdefault(str(file), sha256_file(file))
             parts.append(f"{name}={hashes[str(file)]}")
         digest = sha256_bytes("\n".join(parts).encode())
         settings = f"{text.sequences} x {text.length}, seed {text.seed}, {digest}"
-        found[f"calibration text {calibration.name}"] = settings
+        found[f"calibration text {label}"] = settings
     return found | {f"version of {name}": value for name, value in versions().items()}
 
 

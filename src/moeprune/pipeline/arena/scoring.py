@@ -106,7 +106,7 @@ class Scoring:
 
     def _part(self, name: str, text: Text) -> Path:
         path = self._folder / "parts" / name
-        if self._missing(path):
+        if self._missing(path, exactly=True):  # sums of the same sums only can be added
             self._walk(path, text)
         return path
 
@@ -114,12 +114,16 @@ class Scoring:
         shutil.rmtree(path, ignore_errors=True)
         calibrate(self._source, path, text, self._collect, self._compute, progress=self._progress)
 
-    def _missing(self, path: Path) -> bool:
-        """Whether there is nothing, something damaged, or statistics that lack a sum."""
+    def _missing(self, path: Path, exactly: bool = False) -> bool:
+        """Whether there is nothing, something damaged, or statistics that lack a sum.
+
+        With ``exactly`` those that have others as well are of no use either.
+        """
         try:
             store = StatisticsStore.open(path)
         except MoepruneError:
             return True
         if store.manifest["model"]["fingerprint"] != self._fingerprint:
             return True
-        return not {*self._collect} <= {*store.manifest["collect"]}
+        wanted, found = {*self._collect}, {*store.manifest["collect"]}
+        return wanted != found if exactly else not wanted <= found

@@ -72,17 +72,20 @@ def open_run(out: Path, identity: Mapping[str, Any], force: bool = False) -> Ite
         OutputError: ``out`` holds something else, another process works in it, or it was made from
             other inputs; the message says which.
     """
+    file = out / RESULT
     if force and out.exists():
         refuse_existing(out, force)
-        _clear(out)
-    file = out / RESULT
-    if not file.is_file():
+    elif not file.is_file():
         if out.exists() and (not out.is_dir() or _foreign(out)):
             raise OutputError(f"output exists, and is no comparison: {out}", "choose another --out")
         refuse_existing(out, force=out.is_dir())
-    found = _read(file, identity) if file.is_file() else Run(out, dict(identity))
+    else:
+        _read(file, identity)  # before a lock is left in what is not ours
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
+        if force:
+            _clear(out)
+        found = _read(file, identity) if file.is_file() else Run(out, dict(identity))
         shutil.rmtree(found.work, ignore_errors=True)
         try:
             yield found

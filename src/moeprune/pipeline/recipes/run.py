@@ -9,8 +9,9 @@ from typing import Any
 
 from moeprune.errors import MoepruneError
 from moeprune.files import json_bytes, sha256_bytes, sha256_file
+from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.store import versions
-from moeprune.pipeline.inputs import Progress, Source, model_name, silent
+from moeprune.pipeline.inputs import Progress, Source, model_name, read_heldout, silent
 from moeprune.pipeline.recipes.schema import Loaded, load_recipe
 from moeprune.pipeline.stages import evaluate
 from moeprune.pipeline.steps import StepDone, Steps
@@ -60,8 +61,11 @@ def run(
         force,
         None if keep is None else Path(keep),
     )
-    done = steps.run()
     heldout = loaded.heldout()
+    if heldout is not None:  # a missing file shows before hours of work
+        checkpoint = Checkpoint.open(loaded.model(), compute.trust_remote_code)
+        read_heldout(checkpoint, heldout)
+    done = steps.run()
     measured = None
     if heldout is not None:
         measured = evaluate(target, loaded.model(), heldout, compute, progress)
