@@ -139,8 +139,13 @@ def page(result: Mapping[str, Any]) -> str:
         seconds=wording.seconds(result["seconds"]),
     )  # fmt: skip
     lines = [original_cells(result["original"]), *(line_of(row, result["texts"]) for row in rows)]
-    text += "\n## What it says\n\nBest by size:\n\n" + best(rows)
-    text += "\nThe three methods that this package began with:\n\n" + founding(rows)
+    whole = result["original"]["nonzero_parameters"]
+    smaller = [row for row in rows if row["nonzero_parameters"] < whole]
+    text += "\n## What it says\n\nBest by size:\n\n" + best(smaller)
+    text += "\nThe three methods that this package began with:\n\n" + founding(smaller)
+    idle = [named(row) for row in rows if row not in smaller]
+    if idle:
+        text += f"\nRounded to nothing, so not ranked: {', '.join(idle)}.\n"
     text += "\n## All results\n\n" + table(SHOWN, lines)
     refused = refusals(result)
     if refused:
