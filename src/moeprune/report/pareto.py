@@ -97,10 +97,10 @@ class Chart:
 
 
 def drawable(row: Mapping[str, Any]) -> bool:
-    """Whether a row has the two numbers that place it."""
-    return (
-        wording.number(row.get("kl")) is not None and wording.number(row.get("bytes")) is not None
-    )
+    """Whether a row has the two numbers that place it, and is not the original once more."""
+    if wording.number(row.get("kl")) is None or wording.number(row.get("bytes")) is None:
+        return False
+    return bool(row["kl"] != 0 or row.get("bytes_ratio") != 1)
 
 
 def front(rows: Sequence[Mapping[str, Any]]) -> list[int]:
