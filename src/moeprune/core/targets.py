@@ -61,6 +61,11 @@ class Target:
 
     def accept(self, method: Method) -> None:
         """Raise ``BudgetError`` unless ``method`` makes checkpoints smaller by whole experts."""
+        if "keep" not in method.budgets:
+            raise BudgetError(
+                f"{method.name} leaves every tensor its size: --{self.option} cannot be reached",
+                "zeros are stored like any number; choose a method that removes experts",
+            )
         if not method.chooses_experts:
             raise BudgetError(
                 f"{method.name} does not choose experts: --{self.option} is met by removing those",
