@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,7 @@ class LayeredModel:
         prefix: the qualified name of that list.
         quantisation: how the weights are stored.
         sites: MoE blocks by layer index.
+        changing: held while modules are filled, edited or emptied.
     """
 
     def __init__(
@@ -134,6 +136,8 @@ class LayeredModel:
         self._names = self._in_memory_names()
         self._resident = False
         self._restore: dict[int, Callable[[], None]] = {}
+        # loading one layer goes over all modules while another may be edited or freed
+        self.changing = threading.RLock()
 
     def when_freed(self, index: int, restore: Callable[[], None]) -> None:
         """Call ``restore`` before a layer is freed: whoever changes its sizes changes them back."""
@@ -206,7 +210,8 @@ class LayeredModel:
         ``from_pretrained`` leaves them: some matrix kernels round by the address of their operands.
         Their pages are touched here, so that the disk is read now and not while computing.
         """
-        self._load(index)
+        with self.changing:
+            self._load(index)
         self._refuse_missing([n for n, p in self.layers[index].named_parameters() if p.is_meta])
         for p in self.layers[index].parameters():
             if p.device.type == "cpu" and p.is_contiguous():
@@ -214,14 +219,15 @@ class LayeredModel:
 
     def free_layer(self, index: int) -> None:
         """Put one decoder layer back on meta, as it was before anybody edited it."""
-        restore = self._restore.pop(index, None)
-        if restore is not None:
-            restore()
-        for module in self.layers[index].modules():
-            for name, p in module._parameters.items():
-                if p is not None:
-                    meta = torch.empty_like(p, device="meta")
-                    module._parameters[name] = nn.Parameter(meta, requires_grad=False)
+        with self.changing:
+            restore = self._restore.pop(index, None)
+            if restore is not None:
+                restore()
+            for module in self.layers[index].modules():
+                for name, p in module._parameters.items():
+                    if p is not None:
+                        meta = torch.empty_like(p, device="meta")
+                        module._parameters[name] = nn.Parameter(meta, requires_grad=False)
 
     def load_shapes(self) -> Any:
         """Run transformers' own conversion on shapes alone; nothing is read.

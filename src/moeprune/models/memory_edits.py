@@ -52,6 +52,11 @@ def edit_in_memory(model: LayeredModel, site: MoESite, layer: LayerPlan) -> None
     The files that it was read from stay as they are. Edits of the router and the experts' matrices
     are made here as in a checkpoint that is written, in the model's own dtype.
     """
+    with model.changing:
+        _edit(model, site, layer)
+
+
+def _edit(model: LayeredModel, site: MoESite, layer: LayerPlan) -> None:
     model.when_freed(site.shape.layer, snapshot(model.layers[site.shape.layer]))
     matrices = _new_matrices(site, layer)
     rows = _new_rows(model, site, layer)
@@ -88,8 +93,10 @@ def snapshot(layer: nn.Module) -> Callable[[], None]:
     def restore() -> None:
         for module, kind, state, shapes, buffers in saved:
             module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(state)
+            attributes = vars(module)
+            attributes.update(state)
+            for name in attributes.keys() - state.keys():
+                del attributes[name]
             for name, meta in shapes.items():
                 value = None if meta is None else nn.Parameter(meta, requires_grad=False)
                 module._parameters[name] = value
