@@ -86,18 +86,6 @@ class Evaluation:
             total.add(score)
         return total
 
-    def to_json(self) -> dict[str, object]:
-        """As ``moeprune evaluate --json`` prints it."""
-        overall = self.total().to_json()
-        return {
-            "domains": {name: score.to_json() for name, score in self.domains.items()},
-            "loss": overall["loss"],
-            "perplexity": overall["perplexity"],
-            "kl": overall["kl"],
-            "agreement": overall["agreement"],
-            "seconds": self.seconds,
-        }
-
 
 def evaluate(
     models: Mapping[str, LayeredModel],
