@@ -9,6 +9,7 @@ from moeprune.errors import MoepruneError, nearest
 from moeprune.evaluation.paired import WANTED
 from moeprune.evaluation.perplexity import Evaluation, refuse_other_vocabulary
 from moeprune.evaluation.perplexity import evaluate as evaluate_models
+from moeprune.evaluation.schema import FORMAT, SECTIONS
 from moeprune.evaluation.summary import summary
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
@@ -26,12 +27,8 @@ from moeprune.pipeline.inputs import (
 from moeprune.pipeline.seen import seen_domains
 from moeprune.pipeline.tokenizers import refuse_other_tokenizer
 
-FORMAT = "moeprune.evaluation/1"
-
 Section = Callable[[Source, Source | None, Compute, Progress], dict[str, Any]]
 """Measures one more thing: (model, teacher or None, where to compute, whom to tell) -> JSON."""
-
-SECTIONS = ("tasks", "generation", "efficiency")
 
 _MODEL, _TEACHER = "model", "teacher"
 
