@@ -66,7 +66,7 @@ def evaluate(
 
 def _print_text(result: dict[str, Any]) -> None:
     """A table of domains and groups, then what the differences mean."""
-    parts = {**result["domains"], **{f"[{name}]": x for name, x in result["groups"].items()}}
+    parts = {**result["domains"], **{f"= {name}": x for name, x in result["groups"].items()}}
     rows = [{"domain": name, **_cells(score)} for name, score in parts.items()]
     output.print_rows(f"{result['model']} ({result['dtype']})", rows)
     if result["teacher"] is None:
