@@ -99,7 +99,7 @@ MEANS = {
     "one domain minus the others": one_and_the_rest,
 }
 SHARES = {"3 % and 3 %": (0.03, 0.03), "10 % and 5 %": (0.1, 0.05), "20 % and 20 %": (0.2, 0.2)}
-SIZES, SKEWS, QUESTIONS = (6, 8, 10, 15, 25, 50), (0.5, 1.0), (50, 100, 200, 500, 2000)
+SIZES, SKEWS, QUESTIONS = (6, 8, 10, 15, 25, 50), (0.5, 1.0, 1.5), (50, 100, 200, 500, 2000)
 
 
 def coverage(draw: Callable[[], Draw], repetitions: int) -> float:

@@ -20,9 +20,9 @@ Floats = NDArray[np.float64]
 
 LEVEL, POWER = 0.95, 0.8
 RESAMPLES = 1999
-MOST = 1000
+MOST = 300
 """With more clusters than this the mean is normal, and nothing is resampled."""
-FEWEST = 10
+FEWEST = 6
 """Fewer independent items than this carry no interval that can be trusted."""
 _NO_SPREAD = 1e-9
 
@@ -172,7 +172,7 @@ def estimate(
     return Estimate(value, error, count, unit, shift_B, error_B)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _resamples(count: int, stream: str) -> Floats:
     """How often each of ``count`` clusters is in each of B resamples."""
     seeded = np.random.default_rng([zlib.crc32(stream.encode()), count])
