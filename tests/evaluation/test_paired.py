@@ -60,9 +60,8 @@ def result(planted: Path, heldout: tuple[str, ...]) -> dict[str, Any]:
 
 def test_the_planted_domain_is_named_first(result: dict[str, Any]) -> None:
     first = result["findings"][0]
-    match = re.match(
-        r"python lost (\S+) nats per token more than the other domains \((\S+) to", first
-    )
+    says = r"python lost (\S+) nats per token more than the other domains \((\S+) to"
+    match = re.match(says, first)
     assert match, first
     gap, low = map(float, match.groups())
     assert 0.0 < low < gap
@@ -85,8 +84,6 @@ def test_its_interval_and_verdict(result: dict[str, Any]) -> None:
     assert against["smallest"] < loss["value"]
     assert against["kl"]["low"] > 0.0
     assert 0.0 <= against["agreement"]["low"] < against["agreement"]["high"] <= 1.0
-    alone = evaluate("demo", None, Text((), 1, 8), ONE)  # nothing to compare with
-    assert "against" not in alone["domains"]["python"] and alone["findings"] == []
 
 
 def test_values_are_those_of_the_table(result: dict[str, Any]) -> None:
