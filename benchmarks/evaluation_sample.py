@@ -1,32 +1,33 @@
 """What a sample of ``moeprune evaluate`` can show on the embedded model.
 
-python benchmarks/evaluation_sample.py [SEQUENCES [LENGTH]]     prints the table of docs/evaluate.md
+moeprune prune demo --method mone --ratio 0.5 --sequences 120 --length 512 --out smaller
+python benchmarks/evaluation_sample.py smaller [SEQUENCES [EVERY]]
 
-Half of the experts become constants (mone); then the original is compared with it on the first
-windows of each held-out domain, by default as many as the command takes.
+Reads the first SEQUENCES windows of 256 tokens of each held-out domain (64, as the command; 0 for
+all), of them every EVERY-th.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from moeprune import Budget, Compute, Text, apply, calibrate, plan
+from moeprune import Compute, Text
 from moeprune.evaluation.paired import Paired
 from moeprune.evaluation.perplexity import DomainScore, Evaluation
 from moeprune.evaluation.summary import paired, summary
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.data import Domain
 from moeprune.pipeline.evaluating import measure
 from moeprune.pipeline.inputs import read_heldout
 from moeprune.pipeline.seen import seen_domains
 
 COMPUTE = Compute(dtype="float32")
-HEADS = ("domain", "windows", "documents", "loss +", "could show", "skewness", "within documents")
+HEADS = ("domain", "windows", "documents", "loss +", "could show", "skewness", "between documents")
 
 
 def by_document(values_N: NDArray[np.float64], document_N: NDArray[np.int64]) -> list[NDArray]:
@@ -56,35 +57,34 @@ def row(name: str, pair: Paired, student: DomainScore, teacher: DomainScore) -> 
     ]  # fmt: skip
 
 
-def measured(folder: Path, text: Text) -> tuple[Evaluation, Evaluation, frozenset[str] | None]:
-    calibrate("demo", folder / "s", Text(sequences=120, length=512), compute=COMPUTE)
-    made = plan("demo", "mone", Budget(ratio=0.5), folder / "s", compute=COMPUTE)
-    apply("demo", made, folder / "out")
+def measured(student: str, text: Text, every: int) -> dict[str, Evaluation]:
     original = Checkpoint.open("demo")
-    models = {
-        "original": COMPUTE.open(original),
-        "pruned": COMPUTE.open(Checkpoint.open(folder / "out")),
-    }
-    found = measure(models, read_heldout(original, text), "original", COMPUTE)
-    return found["pruned"], found["original"], seen_domains(folder / "out")
+    opened = {"original": COMPUTE.open(original), "pruned": COMPUTE.open(Checkpoint.open(student))}
+    windows = [
+        Domain(d.name, d.ids_NL[::every], d.bytes_per_token, d.document_N[::every])
+        for d in read_heldout(original, text)
+        if d.document_N is not None
+    ]
+    return measure(opened, windows, "original", COMPUTE)
+
+
+def show(student: Evaluation, teacher: Evaluation, seen: frozenset[str] | None) -> None:
+    print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|")
+    for name, pair in paired(student, teacher).items():
+        cells = row(name, pair, student.domains[name], teacher.domains[name])
+        print("| " + " | ".join(cells) + " |")
+    whole = summary(student, teacher, seen)
+    for name, group in whole["groups"].items():
+        print(f"{name}: {group['against']['verdict']}; {group['against']['smallest']:.3f}")
+    for sentence in whole["findings"]:
+        print(sentence)
 
 
 def main() -> None:
-    numbers = [int(word) for word in sys.argv[1:]]
-    text = Text(sequences=numbers[0] if numbers else 64, length=(*numbers, 256, 256)[1])
-    with tempfile.TemporaryDirectory() as folder:
-        student, teacher, seen = measured(Path(folder), text)
-    print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|")
-    pairs = paired(student, teacher)
-    for name, pair in pairs.items():
-        print(
-            "| " + " | ".join(row(name, pair, student.domains[name], teacher.domains[name])) + " |"
-        )
-    whole = summary(student, teacher, seen, text.sequences)
-    for name, group in whole["groups"].items():
-        print(f"{name}: {group['against']['verdict']}; {group['against']['smallest']:.4f}")
-    for sentence in whole["findings"]:
-        print(sentence)
+    sequences = int(sys.argv[2]) if len(sys.argv) > 2 else 64
+    every = int(sys.argv[3]) if len(sys.argv) > 3 else 1
+    found = measured(sys.argv[1], Text(sequences=sequences, length=256), every)
+    show(found["pruned"], found["original"], seen_domains(Path(sys.argv[1])))
 
 
 if __name__ == "__main__":
