@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.errors import DataError, MoepruneError
+from moeprune.models.native import quiet_transformers
 
 _NAMED = re.compile(
     rb"""^\s*["']?(?:task|group|tag)["']?\s*:[ \t]*["']?([^\s"'#,\[\]]*)"""
@@ -44,7 +45,7 @@ def harness_version() -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No advice from the harness, and bars only where they tell something, on a terminal."""
+    """No advice and no bars from the harness: ours say how far it is."""
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.models.huggingface
@@ -55,15 +56,16 @@ def quiet() -> Iterator[None]:
     level = logger.level
     modules = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
 
-    def bar(disable: bool | None) -> Any:
-        return lambda *args, **kwargs: tqdm(*args, **{**kwargs, "disable": disable})
+    def no_bar(*args: Any, **kwargs: Any) -> Any:
+        return tqdm(*args, **{**kwargs, "disable": True})
 
     logger.setLevel(logging.ERROR)
     datasets_logging.disable_progress_bar()
-    for module in modules:  # the last one's bar counts requests: shown on a terminal
-        module.tqdm = bar(None if module is modules[-1] else True)
+    for module in modules:
+        module.tqdm = no_bar
     try:
-        yield
+        with quiet_transformers():
+            yield
     finally:
         for module in modules:
             module.tqdm = tqdm

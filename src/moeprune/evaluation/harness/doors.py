@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeprune.errors import DataError, UnsupportedModelError
+from moeprune.evaluation.harness.catalogue import quiet
 from moeprune.evaluation.likelihood import BATCH_SIZE, Answer, Pair, likelihoods
 from moeprune.models.loading import LayeredModel
 
@@ -33,14 +34,23 @@ class Shared:
     workers: int = 0
     progress: Callable[[int, int], None] = lambda done, total: None
     _kept: dict[Any, dict[str, list[Answer]]] = field(default_factory=dict)
+    _before: int = 0
 
     def answers(self, name: str, groups: Sequence[Sequence[Pair]], limit: int) -> list[Answer]:
         """One model's answers; ``limit`` is how many tokens it reads."""
         key = (limit, tuple(tuple(pairs) for pairs in groups))
         if key not in self._kept:
+            last = 0
+
+            def tell(done: int, total: int) -> None:
+                nonlocal last
+                last = total
+                self.progress(self._before + done, self._before + total)
+
             self._kept[key] = likelihoods(
-                self.models, groups, limit, self.batch_size, self.workers, self.progress
+                self.models, groups, limit, self.batch_size, self.workers, tell
             )
+            self._before += last
         return self._kept[key][name]
 
 
@@ -95,18 +105,47 @@ def refuse_generation(task: str | None) -> UnsupportedModelError:
     )
 
 
+class _Counted:
+    """Put in front of the harness's class: says how far it is."""
+
+    batch_size: int
+    progress: Callable[[int, int], None]
+    done = 0
+    total = 0
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **more: Any) -> Any:
+        rows = {(*context, *follows[:-1]) for _, context, follows in requests}
+        self.total += -(-len(rows) // self.batch_size)
+        return super()._loglikelihood_tokens(requests, **more)  # type: ignore[misc]
+
+    def _model_call(self, *inputs: Any, **more: Any) -> Any:
+        self.done += 1
+        self.progress(self.done, max(self.done, self.total))
+        return super()._model_call(*inputs, **more)  # type: ignore[misc]
+
+
 def streamed(shared: Shared, name: str, tokenizer: Any) -> Any:
     """The model ``name`` of ``shared``, as the harness wants one."""
-    from lm_eval.models.huggingface import HFLM
-
     model = shared.models[name]
     model.load_resident()
-    kind: Any = type("StreamedLM", (_Streamed, HFLM), {"shared": shared, "name": name})
-    return kind(pretrained=model.model, tokenizer=tokenizer, batch_size=shared.batch_size)
+    given = {"shared": shared, "name": name}
+    return _made(_Streamed, given, model.model, tokenizer, shared.batch_size)
 
 
-def whole(model: Any, tokenizer: Any, batch_size: int = BATCH_SIZE) -> Any:
+def whole(
+    model: Any,
+    tokenizer: Any,
+    batch_size: int = BATCH_SIZE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Any:
     """A transformers model in memory, as the harness wants one."""
+    given = {"progress": staticmethod(progress)}
+    return _made(_Counted, given, model, tokenizer, batch_size)
+
+
+def _made(front: type, given: dict[str, Any], model: Any, tokenizer: Any, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    kind: Any = type(front.__name__.strip("_"), (front, HFLM), given)
+    with quiet():
+        return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)

@@ -112,7 +112,7 @@ def _prepare(asked: Asked, catalogue: Catalogue, folder: Folder | None, generate
     if shots and folder is not None and not folder.has_shots(leaves[0], name):
         ready.notes.append(
             "few-shot examples are drawn from the measured questions themselves, never the "
-            f"question asked: no {name}_train.jsonl was given"
+            "question asked: no TASK_train.jsonl was given"
         )
     return ready
 
