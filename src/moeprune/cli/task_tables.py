@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeprune.cli import output
@@ -41,6 +41,24 @@ def _row(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
         found["difference"] = "–" if gap is None else _signed(gap)
         found["p"] = "–" if entry["p"] is None else f"{entry['p']:.2g}"
         found["verdict"] = entry["verdict"] or "–"
+    return found
+
+
+def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Each result of a run on the BLiMP sample, beside the first, which is the original."""
+    found = []
+    for row in rows:
+        entry = row["tasks"]["blimp_sample"]
+        gap = entry["difference"]
+        found.append(
+            {
+                "model": str(row["name"]),
+                "questions": str(entry["items"]),
+                "right": _number(entry["value"]) + _between(entry["low"], entry["high"]),
+                "difference": "–" if gap is None else _signed(gap),
+                "verdict": entry["verdict"] or "–",
+            }
+        )
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,11 @@ from moeprune.evaluation.harness.scores import mean_score, score
 from moeprune.evaluation.likelihood import BATCH_SIZE
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.data import load_tokenizer
-from moeprune.models.loading import LayeredModel
-from moeprune.models.native import text_config
 from moeprune.models.runtime import load
 from moeprune.pipeline.inputs import DTYPES, Compute, Progress, Source
+from moeprune.pipeline.sample import measure_sample, sample_entry
 
 STUDENT, TEACHER = "model", "teacher"
-_READS = 2048  # where a configuration does not say how much, as in the harness
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,9 @@ class Tasks:
                 raise self._left_out[one]
         if not self._ready and not self._sample:
             first = next(iter(self._left_out.values()))
-            raise DataError(f"no task of {self._protocols[0].name} can run: {first.problem}", first.hint)
+            raise DataError(
+                f"no task of {self._protocols[0].name} can run: {first.problem}", first.hint
+            )
 
     def tasks(
         self, source: Source, teacher: Source | None, compute: Compute, progress: Progress
@@ -170,13 +171,13 @@ class Tasks:
         if self.options.door == "streamed":
             models = {name: compute.open(checkpoint) for name, checkpoint in checkpoints.items()}
             shared = doors.Shared(models, size, compute.workers, tell)
-            for name in models:
-                opened[name] = lambda name=name: doors.streamed(shared, name, tokenizer)
+            opened = {name: partial(doors.streamed, shared, name, tokenizer) for name in models}
         else:
-            for name, source in sources.items():
-                opened[name] = lambda source=source: doors.whole(
-                    _whole(source, compute), tokenizer, size, tell
-                )
+
+            def in_memory(source: Source) -> Any:
+                return doors.whole(_whole(source, compute), tokenizer, size, tell)
+
+            opened = {name: partial(in_memory, source) for name, source in sources.items()}
         return running.measure(self._ready, opened, self.options.limit)
 
     def protocols(self, *_: Any) -> dict[str, Any]:
@@ -234,58 +235,9 @@ def _sample_entry(
     progress: Progress,
 ) -> dict[str, Any]:
     models = {name: compute.open(checkpoint) for name, checkpoint in checkpoints.items()}
-    right = measure_sample(models, tokenizer, options.limit, options.batch_size, compute, progress)
+    size = options.batch_size
+    right = measure_sample(models, tokenizer, options.limit, compute, progress, size)
     return sample_entry(right[STUDENT], right.get(TEACHER), options.limit)
-
-
-def measure_sample(
-    models: Mapping[str, LayeredModel],
-    tokenizer: Any,
-    limit: int | None,
-    batch_size: int,
-    compute: Compute,
-    progress: Progress,
-) -> dict[str, list[bool]]:
-    """Which pairs of the BLiMP sample each model gets right, in one pass over the models."""
-    reads = min(_reads(model) for model in models.values())
-    return blimp.blimp(
-        models,
-        tokenizer,
-        reads,
-        limit,
-        batch_size,
-        compute.workers,
-        lambda done, total: progress(blimp.NAME, done, total),
-    )
-
-
-def sample_entry(
-    right: list[bool], teacher: list[bool] | None, limit: int | None = None
-) -> dict[str, Any]:
-    """The entry of the BLiMP sample, as those of the harness's tasks; it needs no harness."""
-    numbers = score(
-        [float(x) for x in right], None if teacher is None else [float(x) for x in teacher]
-    )
-    value = {"value": numbers["value"], "teacher": numbers["teacher"]}
-    return {
-        "metric": "acc",
-        **numbers,
-        "metrics": {"acc": value},
-        "shots": 0,
-        "chance": blimp.CHANCE,
-        "protocol": None,
-        "door": "streamed",
-        "limit": limit,
-        "harness": None,
-        "task_version": "1.0",
-        "cut": 0,
-        "notes": [],
-    }
-
-
-def _reads(model: LayeredModel) -> int:
-    found = getattr(text_config(model.config), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 1 else _READS
 
 
 def _whole(source: Source, compute: Compute) -> Any:

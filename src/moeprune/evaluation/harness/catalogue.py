@@ -204,6 +204,7 @@ def _unknown(name: str, known: Iterable[str]) -> DataError:
     if close:
         return DataError(f"unknown task {name!r}", f"did you mean {' or '.join(close)}?")
     return DataError(
-        f"unknown task {name!r}", "lm-eval ls tasks lists those of the harness; "
-        "moe-pruner, mone, moeits and blimp_sample are ours"
+        f"unknown task {name!r}",
+        "lm-eval ls tasks lists those of the harness; "
+        "moe-pruner, mone, moeits and blimp_sample are ours",
     )

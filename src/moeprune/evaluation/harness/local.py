@@ -2,7 +2,7 @@
 
 ``NAME.jsonl`` holds what is measured, with the columns of the data set that the harness's task
 reads. ``NAME_<split>.jsonl`` (``arc_easy_train.jsonl``, ``mmlu_dev.jsonl``) holds what few-shot
-examples are drawn from; without it they are drawn from the measured file, never the question itself.
+examples are drawn from; without it they come from the measured file, but for the question itself.
 Of a group's file (``mmlu.jsonl``) each task takes the rows that name it, in whichever column.
 """
 
@@ -60,19 +60,21 @@ class Folder:
         """
         split = leaf.evaluated
         if split is None or "class" in leaf.config:
-            raise DataError(f"task {leaf.name!r} brings its own way of reading data", "leave it out")
+            raise DataError(
+                f"task {leaf.name!r} brings its own way of reading data", "leave it out"
+            )
         rows = self._of(leaf, asked, "")
         if not rows:
             names = " or ".join(dict.fromkeys((f"{asked}.jsonl", f"{leaf.name}.jsonl")))
             raise DataError(
-                f"no data of task {leaf.name!r} in {self.path}: {names}",
-                f"one JSON object a line, with the columns of {leaf.config.get('dataset_path')}",
+                f"no data of task {leaf.name!r} in {self.path}",
+                f"put {names} there: an object a line, columns of {leaf.config.get('dataset_path')}",
             )
-        splits = {split: rows}
+        splits: dict[str, list[Row]] = {str(split): rows}
         found: dict[str, Any] = dict.fromkeys(_SPLITS)
         found |= {key: split for key in _SPLITS[1:3] if leaf.config.get(key) == split}
         for key in ("training_split", "fewshot_split"):
-            name = leaf.config.get(key)
+            name = str(leaf.config.get(key) or "")
             shots = self._of(leaf, asked, f"_{name}") if name and name != split else []
             if shots:
                 splits[name] = shots
@@ -97,7 +99,7 @@ class Folder:
         shared = self.path / f"{asked}{suffix}.jsonl"
         if asked == leaf.name or not shared.is_file():
             return []
-        part = leaf.overrides.get("dataset_name") or leaf.config.get("dataset_name")
+        part = str(leaf.overrides.get("dataset_name") or leaf.config.get("dataset_name"))
         return [row for row in self.rows(shared) if part in _texts(row)]
 
 
@@ -133,9 +135,8 @@ def _reader(splits: dict[str, list[Row]]) -> Callable[..., dict[str, Any]]:
 
 def no_data(leaf: Leaf, asked: str, reason: str) -> DataError:
     """What to say where the harness could not get a task's data."""
+    source = leaf.config.get("dataset_path")
     return DataError(
-        f"the data of task {leaf.name!r} ({leaf.config.get('dataset_path')}) are not here: {reason}",
+        f"no data of task {leaf.name!r} ({source}) on this machine: {reason}",
         f"give --task-data DIR with {asked}.jsonl in it, one JSON object a line, columns as there",
     )
-
-

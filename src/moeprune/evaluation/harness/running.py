@@ -189,7 +189,7 @@ def _evaluate(lm: Any, together: Sequence[Ready], limit: int | None) -> Any:
     from lm_eval import evaluate
 
     random.seed(_SEED)
-    np.random.seed(_OTHER_SEED)  # noqa: NPY002  (it is what tasks of the harness draw from)
+    np.random.seed(_OTHER_SEED)
     torch.manual_seed(_OTHER_SEED)
     tasks: dict[str, Any] = {}
     for one in together:
