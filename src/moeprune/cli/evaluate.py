@@ -18,6 +18,17 @@ from moeprune.cli.options import (
     parse_compute,
     parse_text,
 )
+from moeprune.cli.task_options import (
+    BatchSize,
+    Door,
+    IncludePath,
+    Limit,
+    NumFewshot,
+    TaskData,
+    Tasks,
+    task_sections,
+)
+from moeprune.cli.task_tables import print_tasks
 
 if TYPE_CHECKING:
     from moeprune.pipeline.evaluating import Section
@@ -39,6 +50,13 @@ def evaluate(
     device: Device = "cpu",
     workers: Workers = 0,
     trust_remote_code: Trust = False,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    task_data: TaskData = None,
+    include_path: IncludePath = None,
+    num_fewshot: NumFewshot = None,
+    door: Door = "streamed",
+    batch_size: BatchSize = 16,
     as_json: AsJson = False,
 ) -> None:
     """Measure held-out perplexity per domain and, against a teacher, what was lost.
@@ -48,6 +66,10 @@ def evaluate(
     from moeprune.pipeline import evaluating
 
     sections: dict[str, Section] = {}
+    if tasks is not None:
+        sections |= task_sections(
+            tasks, limit, task_data, include_path, num_fewshot, door, batch_size
+        )
     with output.progress_bars() as progress:
         result = evaluating.evaluate(
             model,
@@ -62,6 +84,8 @@ def evaluate(
         output.print_json(result)
         return
     _print_text(result)
+    if "tasks" in result:
+        print_tasks(result["tasks"], result["protocols"])
 
 
 def _print_text(result: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from moeprune.pipeline import stages
 from moeprune.pipeline.evaluating import measure
 from moeprune.pipeline.inputs import Compute, Progress, Text, read_heldout, silent
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
+from moeprune.pipeline.sample import DEMO_PAIRS, with_sample
 from moeprune.report.html import render_report
 
 RESULT = "demo.json"
@@ -67,6 +68,7 @@ def demo(
     force: bool = False,
     command: str = "moeprune demo",
     progress: Progress = silent,
+    pairs: int = DEMO_PAIRS,
 ) -> dict[str, Any]:
     """Compress the embedded model in several ways; write checkpoints, plans and a report.
 
@@ -85,6 +87,7 @@ def demo(
         for cell in cells:
             done[cell.name] = _compress(cell, work, compute, progress)
         scores = _measure(done, work, heldout, compute, progress)
+        rows = [_row(name, one, scores, heldout, out) for name, one in done.items()]
         result = {
             "format": "moeprune.run/1",
             "command": command,
@@ -95,7 +98,7 @@ def demo(
                 "seconds": round(calibrated, 2),
             },
             "usage": _usage(store),
-            "rows": [_row(name, one, scores, heldout, out) for name, one in done.items()],
+            "rows": with_sample(rows, work, pairs, compute, progress),
             "warnings": [],
             "versions": versions(),
             "seconds": round(time.perf_counter() - begin, 2),
