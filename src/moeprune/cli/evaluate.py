@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from moeprune.cli import output
+from moeprune.cli import health, output
 from moeprune.cli.options import (
     AsJson,
     Data,
@@ -35,6 +35,15 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    generate: health.Generate = False,
+    prompts: health.Prompts = None,
+    prompts_per_domain: health.PerDomain = None,
+    new_tokens: health.NewTokens = None,
+    temperature: health.Temperatures = None,
+    seed: health.HealthSeed = 0,
+    efficiency: health.Efficiency = False,
+    rounds: health.Rounds = None,
+    card: health.Card = False,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
@@ -43,21 +52,36 @@ def evaluate(
     Example: `moeprune evaluate smaller --teacher demo`
     """
     from moeprune.pipeline import evaluating
+    from moeprune.pipeline.cards import find_card, write_measured
 
-    sections: dict[str, Section] = {}
+    text = parse_text(data, sequences, length, 0)
+    sections: dict[str, Section] = {
+        **health.generation_section(
+            generate, text, prompts, prompts_per_domain, new_tokens, temperature, seed
+        ),
+        **health.efficiency_section(efficiency, text, rounds),
+    }
+    if card:
+        find_card(model)  # before the work
     with output.progress_bars() as progress:
         result = evaluating.evaluate(
             model,
             teacher,
-            parse_text(data, sequences, length, 0),
+            text,
             parse_compute(dtype, device, workers, trust_remote_code),
             progress,
             sections,
         )
+    if card:
+        output.note(f"wrote {write_measured(model, result)}")
     if as_json:
         output.print_json(result)
         return
     _print_text(result)
+    if generate:
+        health.print_generation(result["generation"])
+    if efficiency:
+        health.print_efficiency(result["efficiency"])
 
 
 def _print_text(result: dict[str, Any]) -> None:

@@ -15,10 +15,12 @@ from moeprune.evaluation.perplexity import Evaluation
 from moeprune.evaluation.perplexity import evaluate as evaluate_models
 from moeprune.files import json_bytes, new_directory, refuse_existing
 from moeprune.models.checkpoint import DEMO, Checkpoint
+from moeprune.models.data import describe
 from moeprune.models.editing import Sizes
 from moeprune.models.loading import LayeredModel
 from moeprune.models.store import StatisticsStore, versions, write_plan
 from moeprune.pipeline import stages
+from moeprune.pipeline.cards import as_measured, write_measured
 from moeprune.pipeline.inputs import Compute, Progress, Text, read_heldout, silent
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
 from moeprune.report.html import render_report
@@ -144,15 +146,19 @@ def _measure(
         name: compute.open(Checkpoint.open(DEMO if name == _ORIGINAL else work / name))
         for name in done
     }
+    domains = read_heldout(Checkpoint.open(DEMO), heldout)
     scores = evaluate_models(
         models,
-        read_heldout(Checkpoint.open(DEMO), heldout),
+        domains,
         _ORIGINAL,
         compute.workers,
         lambda steps, total: progress("evaluating", steps, total),
     )
     for name, evaluation in scores.items():
         done[name].seconds["evaluate"] = evaluation.seconds
+        if name != _ORIGINAL:
+            dtype, facts = models[name].dtype, describe(domains)
+            write_measured(work / name, as_measured(evaluation, DEMO, dtype, facts))
     return scores
 
 
