@@ -90,12 +90,12 @@ def test_a_planted_loop_is_found(shelf: Path, text: Text) -> None:
     weights = load_file(planted / "model.safetensors")
     weights["model.norm.weight"] *= 40
     save_file(weights, planted / "model.safetensors", {"format": "pt"})
-    wanted = Generate(per_domain=12, prompt_tokens=8, new_tokens=40, temperatures=(1.0,))
+    wanted = Generate(per_domain=12, prompt_tokens=8, new_tokens=32, temperatures=(1.0,))
     found = generation(planted, "demo", text, wanted, FLOAT32)
     (decoding,) = found["decodings"]
     loop = decoding["measures"]["loop"]
     assert loop["model"]["value"] > loop["teacher"]["value"] + 0.2
-    assert loop["against"]["low"] > 0.0 and loop["p_value"] < 0.01
+    assert loop["against"]["low"] > 0.0 and loop["p_value"] < 0.02
     assert any("end in a loop" in told and "worse by" in told for told in found["findings"])
     assert decoding["examples"] and decoding["examples"][0]["looping_tokens"] >= 16
 
