@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
 
 from moeprune.errors import OutputError
-from moeprune.evaluation.perplexity import Evaluation
 from moeprune.files import write_together
 from moeprune.models.card_metadata import CARD
 from moeprune.models.card_text import BEGIN, END
@@ -38,26 +36,6 @@ def find_card(source: Source) -> Path:
     return file
 
 
-def as_measured(
-    evaluation: Evaluation, teacher: str, dtype: torch.dtype, data: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a card needs of ``moeprune.evaluation/1``, where several models were measured at once.
-
-    Args:
-        evaluation: of the model, against ``teacher``.
-        teacher: its name.
-        dtype: in which it was computed.
-        data: see ``models.data.describe``.
-    """
-    return {
-        "teacher": teacher,
-        "dtype": str(dtype).removeprefix("torch."),
-        "data": data,
-        "domains": {name: score.to_json() for name, score in evaluation.domains.items()},
-        "groups": {"all": evaluation.total().to_json()},
-    }
-
-
 def write_measured(source: Source, result: Mapping[str, Any]) -> Path:
     """Replace the measured part of a card; all else in it stays as it is, byte for byte.
 
@@ -65,7 +43,7 @@ def write_measured(source: Source, result: Mapping[str, Any]) -> Path:
 
     Args:
         source: the checkpoint's directory.
-        result: ``moeprune.evaluation/1``.
+        result: ``moeprune.evaluation/1``, or the parts of it that are known.
 
     Raises:
         OutputError: see ``find_card``; or it cannot be written, or is no card any more.

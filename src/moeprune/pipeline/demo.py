@@ -12,7 +12,7 @@ from moeprune.core.accumulators import LIGHT, Routing
 from moeprune.core.budget import Budget
 from moeprune.core.plan import Plan
 from moeprune.evaluation.perplexity import Evaluation
-from moeprune.evaluation.perplexity import evaluate as evaluate_models
+from moeprune.evaluation.summary import against, summary
 from moeprune.files import json_bytes, new_directory, refuse_existing
 from moeprune.models.checkpoint import DEMO, Checkpoint
 from moeprune.models.data import describe
@@ -20,9 +20,11 @@ from moeprune.models.editing import Sizes
 from moeprune.models.loading import LayeredModel
 from moeprune.models.store import StatisticsStore, versions, write_plan
 from moeprune.pipeline import stages
-from moeprune.pipeline.cards import as_measured, write_measured
+from moeprune.pipeline.cards import write_measured
+from moeprune.pipeline.evaluating import measure
 from moeprune.pipeline.inputs import Compute, Progress, Text, read_heldout, silent
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
+from moeprune.pipeline.seen import seen_domains
 from moeprune.report.html import render_report
 
 RESULT = "demo.json"
@@ -96,7 +98,7 @@ def demo(
                 "seconds": round(calibrated, 2),
             },
             "usage": _usage(store),
-            "rows": [_row(name, one, scores[name], out) for name, one in done.items()],
+            "rows": [_row(name, one, scores, heldout, out) for name, one in done.items()],
             "warnings": [],
             "versions": versions(),
             "seconds": round(time.perf_counter() - begin, 2),
@@ -147,18 +149,14 @@ def _measure(
         for name in done
     }
     domains = read_heldout(Checkpoint.open(DEMO), heldout)
-    scores = evaluate_models(
-        models,
-        domains,
-        _ORIGINAL,
-        compute.workers,
-        lambda steps, total: progress("evaluating", steps, total),
-    )
+    scores = measure(models, domains, _ORIGINAL, compute, progress)
     for name, evaluation in scores.items():
         done[name].seconds["evaluate"] = evaluation.seconds
         if name != _ORIGINAL:
-            dtype, facts = models[name].dtype, describe(domains)
-            write_measured(work / name, as_measured(evaluation, DEMO, dtype, facts))
+            dtype = str(models[name].dtype).removeprefix("torch.")
+            told = {"teacher": DEMO, "dtype": dtype, "data": describe(domains)}
+            both = (evaluation, scores[_ORIGINAL])
+            write_measured(work / name, told | summary(*both, seen_domains(work / name)))
     return scores
 
 
@@ -177,7 +175,10 @@ def _usage(store: StatisticsStore) -> dict[str, list[float]]:
     return found
 
 
-def _row(name: str, done: _Done, evaluation: Evaluation, out: Path) -> dict[str, Any]:
+def _row(
+    name: str, done: _Done, scores: Mapping[str, Evaluation], heldout: Text, out: Path
+) -> dict[str, Any]:
+    evaluation = scores[name]
     total = evaluation.total().to_json()
     plan = done.plan
     return {
@@ -196,6 +197,11 @@ def _row(name: str, done: _Done, evaluation: Evaluation, out: Path) -> dict[str,
         "loss": total["loss"],
         "kl": total["kl"],
         "agreement": total["agreement"],
+        **(
+            {"against": against(evaluation, scores[_ORIGINAL], heldout.sequences)}
+            if name != _ORIGINAL
+            else {}
+        ),
         "seconds": {key: round(value, 3) for key, value in done.seconds.items()},
         "peak_memory_bytes": done.peak,
         "path": None if plan is None else str(out / name),

@@ -6,12 +6,11 @@ import gc
 from collections.abc import Sequence
 from typing import Any
 
-from moeprune.errors import DataError
 from moeprune.evaluation.answers import Answer, Decoding, Prompt, answer, end_tokens
 from moeprune.evaluation.health import assess, findings
+from moeprune.evaluation.perplexity import refuse_other_vocabulary
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.data import load_tokenizer
-from moeprune.models.native import read_config, text_config
 from moeprune.models.runtime import load
 from moeprune.pipeline.inputs import Compute, Progress, Source, Text, silent
 from moeprune.pipeline.prompts import Generate, describe, read_prompts
@@ -44,16 +43,18 @@ def generation(
     Raises:
         MoepruneError: anything the user can mend.
     """
-    checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     names = {"model": source} if teacher is None else {"model": source, "teacher": teacher}
-    _refuse_other_words(names, compute)
+    trust = compute.trust_remote_code
+    opened = {name: compute.open(Checkpoint.open(which, trust)) for name, which in names.items()}
+    refuse_other_vocabulary(opened)
+    checkpoint = opened["model"].checkpoint
     prompts = read_prompts(checkpoint, text, wanted)
     ways = [Decoding(t, wanted.new_tokens, wanted.seed) for t in wanted.temperatures]
     said: dict[str, list[list[Answer]]] = {}
     ends: dict[str, list[int]] = {}
     total, before = len(names) * len(ways) * len(prompts), 0
-    for name, which in names.items():
-        model = _load(which, compute)
+    for name, which in opened.items():
+        model = load(which.checkpoint.path, which.dtype, compute.device, trust)
         ends[name] = list(end_tokens(model))
         said[name] = []
         for way in ways:
@@ -92,17 +93,3 @@ def _section(
         "decodings": decodings,
         "findings": told,
     }
-
-
-def _load(source: Source, compute: Compute) -> Any:
-    dtype = compute.open(Checkpoint.open(source, compute.trust_remote_code)).dtype
-    return load(source, dtype, compute.device, compute.trust_remote_code)
-
-
-def _refuse_other_words(names: dict[str, Source], compute: Compute) -> None:
-    sizes = {
-        text_config(read_config(Checkpoint.open(which, compute.trust_remote_code))).vocab_size
-        for which in names.values()
-    }
-    if len(sizes) > 1:
-        raise DataError(f"teacher and student have different vocabularies: {sorted(sizes)}")

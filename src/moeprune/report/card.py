@@ -37,8 +37,7 @@ def _text(data: Any) -> str:
 
 def _perplexity(result: Mapping[str, Any]) -> str:
     rows = [*result.get("domains", {}).items()]
-    total = result.get("groups", {}).get("all")
-    rows += [("all", total)] if total else []
+    rows += [(f"[{name}]", group) for name, group in result.get("groups", {}).items()]
     judged = any("against" in row for _, row in rows)
     head = ["text", "tokens", "perplexity"]
     head += ["KL, nats", "same first token"] if result.get("teacher") else []
