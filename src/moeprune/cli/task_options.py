@@ -38,7 +38,7 @@ BatchSize = Annotated[int, typer.Option(help="Rows that go through together.")]
 
 
 def task_sections(
-    tasks: str,
+    tasks: str | None,
     limit: int | None,
     data: Path | None,
     include: Path | None,
@@ -47,6 +47,8 @@ def task_sections(
     batch_size: int,
 ) -> dict[str, Section]:
     """What an evaluation is to measure besides text; what is wrong with it shows here."""
+    if tasks is None:
+        return {}
     from moeprune.pipeline.tasks import TaskOptions
     from moeprune.pipeline.tasks import Tasks as Measured
 

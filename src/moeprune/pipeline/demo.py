@@ -12,17 +12,20 @@ from moeprune.core.accumulators import LIGHT, Routing
 from moeprune.core.budget import Budget
 from moeprune.core.plan import Plan
 from moeprune.evaluation.perplexity import Evaluation
-from moeprune.evaluation.summary import against
+from moeprune.evaluation.summary import against, summary
 from moeprune.files import json_bytes, new_directory, refuse_existing
 from moeprune.models.checkpoint import DEMO, Checkpoint
+from moeprune.models.data import describe
 from moeprune.models.editing import Sizes
 from moeprune.models.loading import LayeredModel
 from moeprune.models.store import StatisticsStore, versions, write_plan
 from moeprune.pipeline import stages
+from moeprune.pipeline.cards import write_measured
 from moeprune.pipeline.evaluating import measure
 from moeprune.pipeline.inputs import Compute, Progress, Text, read_heldout, silent
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
 from moeprune.pipeline.sample import DEMO_PAIRS, with_sample
+from moeprune.pipeline.seen import seen_domains
 from moeprune.report.html import render_report
 
 RESULT = "demo.json"
@@ -152,6 +155,11 @@ def _measure(
     scores = measure(models, domains, _ORIGINAL, compute, progress)
     for name, evaluation in scores.items():
         done[name].seconds["evaluate"] = evaluation.seconds
+        if name != _ORIGINAL:
+            dtype = str(models[name].dtype).removeprefix("torch.")
+            told = {"teacher": DEMO, "dtype": dtype, "data": describe(domains)}
+            both = (evaluation, scores[_ORIGINAL])
+            write_measured(work / name, told | summary(*both, seen_domains(work / name)))
     return scores
 
 

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from moeprune.errors import UnsupportedModelError
-from moeprune.files import json_bytes, new_directory
+from moeprune.files import json_bytes, load_json, new_directory
+from moeprune.models.card import write_card
+from moeprune.models.card_metadata import CARD
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.scan import digest
-from moeprune.models.surgery import PROVENANCE
+from moeprune.models.surgery import PLAN_COPY, PROVENANCE
 from moeprune.models.writer import Piece, computed, copied, write_shards
 from moeprune.recovery.lora import Adapters
 
 LOG_COPY = "moeprune_recovery.jsonl"
+_MAX_PLAN = 1 << 28
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
@@ -108,8 +111,10 @@ def write_recovered(
         write_shards(work, places.pieces(), progress=progress)
         shutil.copyfile(places.checkpoint.path / "config.json", work / "config.json")
         for file in places.checkpoint.other_files():
-            shutil.copyfile(file, work / file.name)
+            if file.name != CARD:
+                shutil.copyfile(file, work / file.name)
         (work / PROVENANCE).write_bytes(json_bytes(dict(record)))
+        write_card(work, places.checkpoint, record, load_json(work / PLAN_COPY, _MAX_PLAN))
         if log is not None and log.is_file():
             shutil.copyfile(log, work / LOG_COPY)
 

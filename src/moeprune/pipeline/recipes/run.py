@@ -11,6 +11,7 @@ from moeprune.errors import MoepruneError
 from moeprune.files import json_bytes, sha256_bytes, sha256_file
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.store import versions
+from moeprune.pipeline.cards import write_measured
 from moeprune.pipeline.evaluating import evaluate
 from moeprune.pipeline.inputs import Progress, Source, model_name, read_heldout, silent
 from moeprune.pipeline.recipes.schema import Loaded, load_recipe
@@ -69,6 +70,7 @@ def run(
     measured = None
     if heldout is not None:
         measured = evaluate(target, loaded.model(), heldout, compute, progress)
+        write_measured(target, measured)
     return {
         "format": RESULT_FORMAT,
         "recipe": {"file": loaded.path.name, "sha256": sha256_file(loaded.path)},
