@@ -119,11 +119,12 @@ def test_rows_are_what_the_stages_give(
         kept = read_plan(out / row["plan"])
         assert kept.to_json(None)["layers"] == made.to_json(None)["layers"]
         sizes = apply("demo", made, tmp_path / name)
-        again = evaluate(tmp_path / name, "demo", texts["heldout"], compute)
+        measured = evaluate(tmp_path / name, "demo", texts["heldout"], compute)
+        again = measured["groups"]["all"]
         assert row["perplexity"] == again["perplexity"] and row["kl"] == again["kl"]
         assert row["agreement"] == again["agreement"]
         assert (row["bytes"], row["nonzero_parameters"]) == (sizes.bytes[1], sizes.nonzero[1])
-    own = evaluate("demo", None, texts["heldout"], compute)
+    own = evaluate("demo", None, texts["heldout"], compute)["groups"]["all"]
     assert result["original"]["perplexity"] == own["perplexity"]
 
 

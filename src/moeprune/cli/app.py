@@ -11,11 +11,12 @@ from moeprune import __version__
 from moeprune.cli import output
 from moeprune.cli.compare import compare
 from moeprune.cli.demo import demo
+from moeprune.cli.evaluate import evaluate
 from moeprune.cli.listings import inspect, methods, models
 from moeprune.cli.plan_diff import plan_diff
 from moeprune.cli.recover import recover
 from moeprune.cli.run import run
-from moeprune.cli.stages import apply, calibrate, evaluate, merge, plan, prune
+from moeprune.cli.stages import apply, calibrate, merge, plan, prune
 from moeprune.cli.verify import verify
 from moeprune.errors import MoepruneError
 

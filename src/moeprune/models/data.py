@@ -39,11 +39,13 @@ class Domain:
         name: for tables.
         ids_NL: token ids, one sequence a row.
         bytes_per_token: of the text that the tokens came from.
+        document_N: the document in the middle of each sequence; None if all is one document.
     """
 
     name: str
     ids_NL: Tensor
     bytes_per_token: float
+    document_N: Tensor | None = None
 
 
 def demo_text(kind: str) -> dict[str, Path]:
@@ -150,12 +152,14 @@ def tokenise(tokenizer: Any, name: str, file: Path, length: int, most: int | Non
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
     ids: list[int] = []
+    ends: list[int] = []
     size = 0
     for text in read_documents(file):
         if most is not None and len(ids) >= most * length:
             break
         new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids += ([] if start is None else [start]) + new
+        ends.append(len(ids))
         size += len(text.encode())
     if len(ids) < length:
         what = "is empty" if not size else f"has {len(ids)} tokens, shorter than one sequence"
@@ -165,7 +169,10 @@ def tokenise(tokenizer: Any, name: str, file: Path, length: int, most: int | Non
         )
     count = min(len(ids) // length, most or len(ids))
     table = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
-    return Domain(name, table, size / len(ids))
+    middle_N = torch.arange(count) * length + length // 2
+    document_N = torch.searchsorted(torch.tensor(ends), middle_N, right=True)
+    one = len(ends) < 2
+    return Domain(name, table, size / len(ids), None if one else document_N)
 
 
 def load_domains(
@@ -184,7 +191,8 @@ def draw(domains: Sequence[Domain], sequences: int, seed: int) -> list[Domain]:
         rows = sorted(
             random.Random(f"{seed}:{domain.name}").sample(range(len(domain.ids_NL)), count)
         )
-        drawn.append(Domain(domain.name, domain.ids_NL[rows], domain.bytes_per_token))
+        document_N = None if domain.document_N is None else domain.document_N[rows]
+        drawn.append(Domain(domain.name, domain.ids_NL[rows], domain.bytes_per_token, document_N))
     return [domain for domain in drawn if len(domain.ids_NL)]
 
 

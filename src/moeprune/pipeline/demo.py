@@ -172,7 +172,6 @@ def _usage(store: StatisticsStore) -> dict[str, list[float]]:
 
 
 def _row(name: str, done: _Done, evaluation: Evaluation, out: Path) -> dict[str, Any]:
-    measured = evaluation.to_json()
     total = evaluation.total().to_json()
     plan = done.plan
     return {
@@ -188,7 +187,7 @@ def _row(name: str, done: _Done, evaluation: Evaluation, out: Path) -> dict[str,
         "perplexity": {
             domain: score.to_json()["perplexity"] for domain, score in evaluation.domains.items()
         },
-        "loss": measured["loss"],
+        "loss": total["loss"],
         "kl": total["kl"],
         "agreement": total["agreement"],
         "seconds": {key: round(value, 3) for key, value in done.seconds.items()},
