@@ -5,8 +5,8 @@ unedited model, and nothing is computed for it; from there on its own copies of 
 go on. So the model is read once for all branches, and what the branches of L layers, each edited
 alone, cost is half of L walks over the held-out text.
 
-Bounds: hidden states of every branch beyond its first edit, and a third copy of the matrices that an
-edit changes, one edit at a time.
+Bounds: hidden states of every branch beyond its first edit, and a third copy of the matrices that
+an edit changes, one edit at a time.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class BranchedWalk(Walk):
         edited: dict[str, list[Job]] = {name: [] for name in edits}
         for number, branch in enumerate(self.branches):
             name = branch.edits.get(index)
-            if name in edits:
+            if name is not None and name in edits:
                 edited[name] += self._jobs(number)
             elif branch.first < index:
                 plain += self._jobs(number)
