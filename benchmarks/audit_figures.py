@@ -33,7 +33,7 @@ from moeprune.pipeline.inputs import read_heldout
 PAGE = Path(__file__).parent.parent / "docs" / "audit.md"
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
 CALIBRATION = Text(sequences=120, length=512, seed=1)
-HELD_OUT = Text(sequences=20, length=256)
+HELD_OUT = Text(sequences=16, length=256)
 BATCH = 6  # models that are measured together
 
 Cell = tuple[int, float]
@@ -167,7 +167,7 @@ def text(result: dict[str, Any], cpu: float, cells: Mapping[Cell, float], every:
 
 
 def main() -> None:
-    compute = Compute()
+    compute = Compute(dtype="float32")
     start = time.process_time()
     result = audit("demo", compute=compute)
     cpu = time.process_time() - start

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeprune.core.accumulators import LIGHT
 from moeprune.core.method import Method, make_method
@@ -255,7 +254,8 @@ def _parts(domains: Sequence[data.Domain], seed: int) -> tuple[list[Batch], list
 def _held_batches(model: LayeredModel, domains: Sequence[data.Domain]) -> list[Batch]:
     ids_NL = torch.cat([domain.ids_NL for domain in domains])
     rows = window_rows(text_config(model.config).vocab_size, ids_NL.shape[1])
-    return [Batch(part, data.token_keys(part)) for part in ids_NL.split(rows)]
+    parts = [ids_NL[start : start + rows] for start in range(0, len(ids_NL), rows)]
+    return [Batch(part, data.token_keys(part)) for part in parts]
 
 
 def _clusters(domains: Sequence[data.Domain]) -> tuple[NDArray[np.int64], str]:
