@@ -9,6 +9,7 @@ import typer
 
 from moeprune import __version__
 from moeprune.cli import output
+from moeprune.cli.audit import audit
 from moeprune.cli.compare import compare
 from moeprune.cli.demo import demo
 from moeprune.cli.evaluate import evaluate
@@ -34,6 +35,7 @@ _INTERRUPTED = 130
 
 for command in (
     inspect,
+    audit,
     calibrate,
     merge,
     plan,

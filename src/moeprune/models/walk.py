@@ -125,19 +125,28 @@ class Walk:
                 following = self._loader.submit(self._load, index + 1)
             if stream is not None:
                 stream([job.entered for job in self._lockstep.jobs])
-            site = self.model.sites.get(index)
-            if site is None or not needs:
-                self._lockstep.run(finished=lambda job: self._step())
-            else:
-                statistics = self._observe(site, needs)
-                if visit is not None and visit(site, statistics):
-                    self._lockstep.run()
+            self._run(index, needs, visit)
             if index + 1 < len(self.model.layers):
                 self._lockstep.advance()  # past the last layer only when logits are asked for
             elif stream is not None:
                 stream([job.output for job in self._lockstep.jobs])
             self.model.free_layer(index)
             _return_memory()
+
+    def _run(
+        self,
+        index: int,
+        needs: Sequence[str],
+        visit: Callable[[MoESite, LayerStatistics], bool] | None,
+    ) -> None:
+        """One layer, which is in memory."""
+        site = self.model.sites.get(index)
+        if site is None or not needs:
+            self._lockstep.run(finished=lambda job: self._step())
+        else:
+            statistics = self._observe(site, needs)
+            if visit is not None and visit(site, statistics):
+                self._lockstep.run()
 
     def _load(self, index: int) -> None:
         torch.set_num_threads(1)  # this thread's copies; the batches' threads have the other cores
@@ -189,13 +198,21 @@ class Walk:
 
         def merge(job: Job) -> None:
             assert job.collector is not None
+            self._collected(site, job.index, job.collector.statistics)
             total.merge(job.collector.statistics)
             job.collector = None
             step()
 
         with observed(site, total.needs_router):
-            self._lockstep.run(collect, merge, window)
+            self._lockstep.run(collect, merge, window, self._observed_jobs())
         return total
+
+    def _collected(self, site: MoESite, index: int, statistics: LayerStatistics) -> None:
+        """Called with the sums of every batch before they are added up."""
+
+    def _observed_jobs(self) -> Sequence[Job] | None:
+        """The batches that are observed; None observes all."""
+        return None
 
     def logits(self, finished: Callable[[int, Tensor], None]) -> None:
         """Final norm and head; ``finished`` gets each batch's index and logits [B, L, V]."""
