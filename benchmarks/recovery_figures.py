@@ -63,9 +63,10 @@ def _experts(method: str) -> dict[str, Student]:
     }
 
 
+DENSE = {"propagate": "dense"}
 STUDENTS: dict[str, Student] = {
-    "moe-pruner 50 %": Student("moe-pruner", moeprune.Budget(ratio=0.5), {"propagate": "dense"}),
-    "moe-pruner 2:4": Student("moe-pruner", moeprune.Budget(pattern=(2, 4)), {"propagate": "dense"}),
+    "moe-pruner 50 %": Student("moe-pruner", moeprune.Budget(ratio=0.5), DENSE),
+    "moe-pruner 2:4": Student("moe-pruner", moeprune.Budget(pattern=(2, 4)), DENSE),
     **_experts("mone"),
     **_experts("moeits"),
     **_experts("frequency"),
