@@ -151,7 +151,8 @@ def recover(
                 **{key: value for key, value in result.to_json().items() if key != "path"},
                 "versions": versions(),
             }
-            _write(session, out, record, told, folder, force, progress)
+            with folder.writing():
+                _write(session, out, record, told, folder, force, progress)
             folder.delete()
         accelerator.wait_for_everyone()
     return result
