@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import torch
 
 import moeprune
 from moeprune.pipeline.inputs import Compute, Text
+from moeprune.recovery.training import Training
 
 PAGE = Path(__file__).parent.parent / "docs" / "recover.md"
 BEGIN, END = "<!-- tables: benchmarks/recovery_figures.py -->", "<!-- end -->"
@@ -36,7 +37,7 @@ SEEN = ("english", "french", "german", "math", "python", "spanish")
 WINDOWS = Text(sequences=8, length=256)
 CALIBRATION = Text(sequences=120, length=512)
 LEARN = Text(sequences=600, length=256)
-COMMON = {"batch": 8, "holdout": 0.02}
+COMMON = {"batch": 8, "holdout": 0.02, "save_every": 1000}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Way:
-    """A recovery with its options; ``short`` takes their place for all but the first student."""
+    """A recovery with its options."""
 
     how: str
     options: dict[str, Any]
@@ -74,12 +75,20 @@ STUDENTS: dict[str, Student] = {
 }  # fmt: skip
 
 WAYS: dict[str, Way] = {
-    "expert-kd": Way("expert-kd", {"steps": 80, "evaluate_every": 20}),
+    "expert-kd": Way("expert-kd", {"steps": 60, "evaluate_every": 20}),
     "router-kd": Way("router-kd", {"steps": 40, "evaluate_every": 10}),
-    "logit-kd": Way("logit-kd", {"steps": 60, "evaluate_every": 20}),
-    "lora": Way("lora", {"steps": 60, "evaluate_every": 20}),
-    "full": Way("full", {"steps": 60, "evaluate_every": 20}),
+    "logit-kd": Way("logit-kd", {"steps": 50, "evaluate_every": 25}),
+    "lora": Way("lora", {"steps": 50, "evaluate_every": 25}),
+    "full": Way("full", {"steps": 50, "evaluate_every": 25}),
 }
+LAYERWISE: dict[str, Way] = {  # steps are those of each layer
+    "expert-kd by layers": Way("expert-kd", {"steps": 60, "evaluate_every": 20}),
+    "router-kd by layers": Way("router-kd", {"steps": 40, "evaluate_every": 20}),
+}
+if "layerwise" in {one.name for one in fields(Training)}:
+    for way, known in LAYERWISE.items():
+        options = {**known.options, "layerwise": True, "save_every": 0}
+        WAYS[way] = Way(known.how, options)
 
 
 def slug(*names: str) -> str:
@@ -91,11 +100,20 @@ def settings(*parts: Any) -> Any:
     return json.loads(json.dumps(parts, default=str))
 
 
+def same(saved: Any, wanted: Any) -> bool:
+    """Whether settings are the same; an option that is younger than the cell has its default."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        return all(key in wanted and same(value, wanted[key]) for key, value in saved.items())
+    if isinstance(saved, list) and isinstance(wanted, list) and len(saved) == len(wanted):
+        return all(same(a, b) for a, b in zip(saved, wanted, strict=True))
+    return bool(saved == wanted)
+
+
 def finished(file: Path, wanted: Any) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found if found["settings"] == wanted else None
+    return found if same(found["settings"], wanted) else None
 
 
 def keep(file: Path, found: dict[str, Any]) -> None:
@@ -151,7 +169,7 @@ def cell_settings(name: str, way: str, steps: int | None) -> Any:
     return settings(student_settings(name), chosen.to_json(), asdict(LEARN))
 
 
-def training_of(way: str, steps: int | None) -> Any:
+def training_of(way: str, steps: int | None) -> Training:
     known = WAYS[way]
     options = {**COMMON, **known.options, **({} if steps is None else {"steps": steps})}
     return moeprune.training(known.how, None, options)
