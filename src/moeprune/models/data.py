@@ -31,6 +31,9 @@ from moeprune.models.documents import Dataset, document_text
 from moeprune.models.native import quiet_transformers
 from moeprune.models.walk import Batch
 
+SAMPLES = "teacher-samples"
+"""A source that only recovery can make."""
+
 TOKENS_PER_BATCH = 4096
 """Fixed, so that results do not depend on the machine."""
 
@@ -96,6 +99,8 @@ def _source(source: str) -> tuple[str, Path | Dataset]:
         dataset = Dataset.parse(path)
         return name or dataset.domain, dataset
     file = Path(path)
+    if path.partition(":")[0] == SAMPLES and not file.is_file():
+        raise DataError(f"{path} is text for moeprune recover, of the whole model", "give a file")
     if not file.is_file():
         raise DataError(
             f"no such text file: {file}",

@@ -42,6 +42,12 @@ class StateFolder:
         """Whether a run has begun."""
         return self.path.is_dir()
 
+    def clear(self) -> None:
+        """Forget what was trained, not what is beside it."""
+        for name in ("state", "best"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
+
     def delete(self) -> None:
         """Forget the run."""
         shutil.rmtree(self.path, ignore_errors=True)
