@@ -52,10 +52,10 @@ class Served(Accumulator):
             return
         E = self.count_DE.shape[1]
         index_TK = rows.index_TK.clamp(max=E)  # slots without an expert go to an extra class
-        domain_D, row_T = origin.domain_T.unique(return_inverse=True)
+        domain_D, row_T = torch.unique(origin.domain_T, return_inverse=True)
         by_domain_DE = _counts(row_T, index_TK, len(domain_D), E)
         # only the tokens of this batch: the whole list would be zeros for the most part
-        token_M = origin.token_T.unique()
+        token_M = torch.unique(origin.token_T)
         token_M = token_M[torch.isin(token_M, origin.watched_M)]
         row_T = torch.searchsorted(token_M, origin.token_T)
         row_T = row_T.clamp(max=max(0, len(token_M) - 1))
@@ -89,7 +89,7 @@ def _merged(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> tuple[Ten
     (key_a, count_aE), (key_b, count_bE) = one, two
     if torch.equal(key_a, key_b):
         return key_a, count_aE + count_bE
-    key_n = torch.cat((key_a, key_b)).unique()
+    key_n = torch.unique(torch.cat((key_a, key_b)))
     count_nE = count_aE.new_zeros(len(key_n), count_aE.shape[1])
     count_nE.index_add_(0, torch.searchsorted(key_n, key_a), count_aE)
     count_nE.index_add_(0, torch.searchsorted(key_n, key_b), count_bE)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
-from moeprune.core.accumulators import BlockRows, ExpertRows
 from moeprune.core.accumulating import Origin
+from moeprune.core.accumulators import BlockRows, ExpertRows
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import UnsupportedModelError
 from moeprune.models import quirks

@@ -15,9 +15,9 @@ from moeprune.evaluation.perplexity import Evaluation
 from moeprune.evaluation.perplexity import evaluate as evaluate_models
 from moeprune.files import json_bytes, new_directory, refuse_existing
 from moeprune.models.checkpoint import DEMO, Checkpoint
+from moeprune.models.data import load_tokenizer
 from moeprune.models.editing import Sizes
 from moeprune.models.loading import LayeredModel
-from moeprune.models.data import load_tokenizer
 from moeprune.models.store import StatisticsStore, versions, write_plan
 from moeprune.pipeline import facts, stages
 from moeprune.pipeline.atlas import atlas, routing

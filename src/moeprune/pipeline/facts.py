@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from moeprune.core.accumulators import Routing
 from moeprune.core.layer_plan import LayerPlan
 from moeprune.core.plan import Plan
+from moeprune.errors import PlanError
 from moeprune.models.store import StatisticsStore
 
 
@@ -45,11 +49,50 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     return found
 
 
+def layers_of(data: dict[str, Any]) -> dict[str, Any]:
+    """``plan_facts`` of a plan's JSON without its vectors, which a checkpoint does not keep.
+
+    Experts that were rebuilt into others cannot be told from dropped ones by it.
+    """
+    found = {}
+    try:
+        for index, layer in data["layers"].items():
+            stay = {*layer["keep"], *layer["replaced"]}
+            gone = [expert for expert in range(layer["experts"]) if expert not in stay]
+            answers = layer.get("served_by")
+            found[index] = {
+                "keep": layer["keep"],
+                "replaced": layer["replaced"],
+                "dropped": [] if answers else gone,
+                "scores": layer.get("scores") or {},
+                "notes": layer.get("notes") or [],
+                **({"merged": {str(e): [answers[e]] for e in gone}} if answers else {}),
+                **({"masked": True} if layer.get("mask") else {}),
+            }
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise PlanError(f"the plan is damaged: {error!r}") from error
+    return found
+
+
+def measured(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What an evaluation (``moeprune.evaluation/1``) says in a row; nothing without one."""
+    if not evaluation:
+        return {}
+    domains = evaluation.get("domains") or {}
+    against = {d: s["against"] for d, s in domains.items() if isinstance(s.get("against"), dict)}
+    return {
+        "perplexity": {name: score.get("perplexity") for name, score in domains.items()},
+        **{key: evaluation.get(key) for key in ("loss", "kl", "agreement")},
+        **({"against": against} if against else {}),
+        **{k: evaluation[k] for k in ("tasks", "generation", "efficiency") if k in evaluation},
+    }
+
+
 def _merged(layer: LayerPlan) -> dict[str, list[int]]:
     """For each expert that lives on in others: the kept ones that it went into."""
     into: dict[int, set[int]] = {}
     if layer.neurons is not None:
-        pairs_N2 = layer.neurons.index_N4[:, [2, 0]].unique(dim=0).tolist()
+        pairs_N2 = torch.unique(layer.neurons.index_N4[:, [2, 0]], dim=0).tolist()
         for old, position in pairs_N2:
             into.setdefault(old, set()).add(layer.keep[position])
     if layer.served_by is not None:

@@ -1,7 +1,7 @@
 """A run's results as one HTML file that needs nothing but a browser.
 
-No script, font or picture is fetched, and a Content-Security-Policy forbids it. The atlas is a table
-that can be read aloud and printed; the script makes it tell of single experts. Names come from
+Nothing is fetched, and a Content-Security-Policy forbids it. The atlas is a table that can be
+read aloud and printed; the script makes it tell of single experts. Names come from
 users, hence autoescaping is on for everything.
 """
 
@@ -58,35 +58,39 @@ def render_report(result: Mapping[str, Any]) -> str:
     check(result)
     samples, undrawn = measurements.samples(result)
     drawn = atlas.payload(result)
-    return environment().get_template("report.html.j2").render(
-        model=result["model"],
-        command=result["command"],
-        opening=summary.opening(result),
-        finding=summary.finding(result),
-        warnings=summary.warned(result),
-        table=measurements.table(result),
-        chart=scatter(samples),
-        undrawn=undrawn,
-        grid=None if drawn is None else atlas.grid(drawn),
-        data=None if drawn is None else atlas.script(drawn),
-        atlas=drawn,
-        choices=[] if drawn is None else atlas.choices(drawn),
-        balance=balance.balance(result),
-        sections=[
-            (title, words, found)
-            for key, title, words in _SECTIONS
-            if (found := intervals.section(result, key)) is not None
-        ],
-        seen=set((result.get("calibration") or {}).get("domains") or ()),
-        results=_results(result),
-        origin=_origin(result),
-        settings=_settings(result),
-        versions=result["versions"],
-        light=marks.variables(),
-        dark=marks.variables(dark=True),
-        steps=marks.STEPS,
-        sides=marks.SIDES,
-        **scripts("theme.js", "atlas.js"),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            model=result["model"],
+            command=result["command"],
+            opening=summary.opening(result),
+            finding=summary.finding(result),
+            warnings=summary.warned(result),
+            table=measurements.table(result),
+            chart=scatter(samples),
+            undrawn=undrawn,
+            grid=None if drawn is None else atlas.grid(drawn),
+            data=None if drawn is None else atlas.script(drawn),
+            atlas=drawn,
+            choices=[] if drawn is None else atlas.choices(drawn),
+            balance=balance.balance(result),
+            sections=[
+                (title, words, found)
+                for key, title, words in _SECTIONS
+                if (found := intervals.section(result, key)) is not None
+            ],
+            seen=set((result.get("calibration") or {}).get("domains") or ()),
+            results=_results(result),
+            origin=_origin(result),
+            settings=_settings(result),
+            versions=result["versions"],
+            light=marks.variables(),
+            dark=marks.variables(dark=True),
+            steps=marks.STEPS,
+            sides=marks.SIDES,
+            **scripts("theme.js", "atlas.js"),
+        )
     )
 
 

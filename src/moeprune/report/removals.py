@@ -8,6 +8,7 @@ from typing import Any
 
 from moeprune.report import wording
 
+
 @dataclass(frozen=True)
 class Removal:
     """What one layer lost; ``share`` is of the calibration's routed slots."""

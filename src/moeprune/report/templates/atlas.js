@@ -141,7 +141,7 @@
   function domains(l, e) {
     const own = data.served[l][e], total = sum(own);
     const order = own.map((_, d) => d).sort((a, b) => (lift(l, e, b) ?? 0) - (lift(l, e, a) ?? 0));
-    return table("Domains: share of its tokens (tick: of all tokens), and the ratio of the two", ["domain", "share", "ratio"],
+    return table("Domains of its tokens; the tick is the share among all tokens, the ratio compares", ["domain", "share", "ratio"],
       order.map((d) => [data.domains[d], both(bar(own[d] / total, ofText[l][d]), percent(own[d] / total)), times(lift(l, e, d))]));
   }
   function tokens(l, e) {
@@ -174,14 +174,16 @@
   }
   function tell() {
     const { layer: l, expert: e } = at;
-    const parts = [make("h3", `Layer ${data.layers[l]}, expert ${e}`), facts(l, e)];
+    const about = make("div"), domain = make("div"), result = make("div");
+    about.append(facts(l, e));
     if (data.served[l].length && sum(data.served[l][e])) {
-      parts.push(domains(l, e), make("h4", "Most typical tokens"));
-      if (data.typical[l][e].length) parts.push(tokens(l, e), make("p", "× is how much more often than in the layer as a whole, then how many tokens", "aside"));
-      else parts.push(make("p", "None stands out.", "aside"));
-    } else parts.push(make("p", data.served[l].length ? "No token of the calibration text reached it." : "Domains and tokens were not counted in this run.", "aside"));
-    if (data.rows.length) parts.push(outcomes(l, e));
-    panel.replaceChildren(...parts);
+      domain.append(domains(l, e));
+      if (data.typical[l][e].length) {
+        about.append(make("h4", "Most typical tokens, how much more often than in the whole layer, and how many"), tokens(l, e));
+      } else about.append(make("p", "No token stands out.", "aside"));
+    } else about.append(make("p", data.served[l].length ? "No token of the calibration text reached it." : "Domains and tokens were not counted in this run.", "aside"));
+    if (data.rows.length) result.append(outcomes(l, e));
+    panel.replaceChildren(make("h3", `Layer ${data.layers[l]}, expert ${e}`), ...[about, domain, result].filter((part) => part.childNodes.length));
     grid.querySelector(".shown")?.classList.remove("shown");
     cells[l][e].classList.add("shown");
   }
@@ -247,8 +249,12 @@
   cells.flat().forEach((cell) => { cell.setAttribute("role", "gridcell"); cell.tabIndex = -1; });
   grid.setAttribute("role", "grid");
   for (const node of document.querySelectorAll("[data-needs-script]")) node.hidden = false;
+  /* to begin with, the expert that serves its domains most one-sidedly, of those in regular use */
   let best = -1;
-  data.usage.forEach((line, l) => line.forEach((v, e) => { if (v > best) { best = v; at.layer = l; at.expert = e; } }));
+  data.usage.forEach((line, l) => line.forEach((v, e) => {
+    const worth = v * data.experts < 0.5 ? v / 1e6 : special(l, e) ?? v / 1e3;
+    if (worth > best) { best = worth; at.layer = l; at.expert = e; }
+  }));
   cells[at.layer][at.expert].tabIndex = 0;
   paint();
 })();
