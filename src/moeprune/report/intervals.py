@@ -30,7 +30,8 @@ def interval(entry: Any, digits: int = 2) -> str:
     if not _is_interval(entry):
         return ""
     low, high = (wording.significant(entry[key], digits) for key in ("low", "high"))
-    return f"{signed(entry['value'], digits)} [{low}, {high}]"
+    # lines may break before the bracket, and not in it
+    return f"{signed(entry['value'], digits)} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
 def _is_interval(entry: Any) -> bool:
