@@ -16,6 +16,7 @@ from moeprune.cli.evaluate import evaluate
 from moeprune.cli.listings import inspect, methods, models
 from moeprune.cli.plan_diff import plan_diff
 from moeprune.cli.recover import recover
+from moeprune.cli.report import report
 from moeprune.cli.run import run
 from moeprune.cli.stages import apply, calibrate, merge, plan, prune
 from moeprune.cli.verify import verify
@@ -45,6 +46,7 @@ for command in (
     evaluate,
     compare,
     run,
+    report,
     recover,
     verify,
     models,

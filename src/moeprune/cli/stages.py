@@ -260,6 +260,7 @@ def prune(
             uniform,
             stages.Writing(pad, mtp, dequantize),
             parse_constraints(pin, forbid, protect_super),
+            output.command_line(),
         )
     if statistics is None and done.plan.statistics:
         output.tell_default_text(model, data)
@@ -269,3 +270,5 @@ def prune(
         "peak_memory_bytes": done.peak_memory_bytes,
     }
     output.print_sizes(out, done.sizes, more, as_json)
+    if not as_json:
+        output.tell_report(out / "report.html")

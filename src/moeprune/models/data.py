@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from moeprune.core.served import WATCHED
 from moeprune.errors import DataError, nearest
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.documents import PREFIX as DATASET
@@ -280,7 +281,25 @@ def batches(domains: Sequence[Domain], seed: int = 0) -> list[Batch]:
         return []
     ids_NL = torch.cat([domain.ids_NL for domain in domains])
     rows = max(1, TOKENS_PER_BATCH // ids_NL.shape[1])
-    return [Batch(part, token_keys(part, seed)) for part in ids_NL.split(rows)]
+    keys = [domain_key(domain.name) for domain in domains for _ in domain.ids_NL]
+    watched_M = _most_frequent(ids_NL, WATCHED)
+    parts = zip(ids_NL.split(rows), torch.tensor(keys).split(rows), strict=True)
+    return [
+        Batch(part, token_keys(part, seed), domain_B=domain_B, watched_M=watched_M)
+        for part, domain_B in parts
+    ]
+
+
+def domain_key(name: str) -> int:
+    """A number that stands for the name of a domain: 63 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+
+
+def _most_frequent(ids_NL: Tensor, most: int) -> Tensor:
+    """The ids that occur most often, ascending; of equally frequent ones the lower."""
+    ids, counts = ids_NL.unique(return_counts=True)
+    chosen: Tensor = ids[torch.argsort(counts, descending=True, stable=True)[:most]].sort().values
+    return chosen
 
 
 def token_keys(ids_BL: Tensor, seed: int = 0) -> Tensor:

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from moeprune.core.accumulating import Origin
 from moeprune.core.partial import PartialStatistics
 from moeprune.core.statistics import LayerStatistics
 from moeprune.models.loading import LayeredModel
@@ -46,11 +47,15 @@ class Batch:
         ids_BL: token ids.
         key_BL: one number per token that is the same in every run on the same text.
         mask_BL: 1 for tokens, 0 for padding; None if there is no padding.
+        domain_B: a key of the domain of each sequence; None where it is not known.
+        watched_M: token ids that are worth counting one by one, ascending; with ``domain_B``.
     """
 
     ids_BL: Tensor
     key_BL: Tensor
     mask_BL: Tensor | None = None
+    domain_B: Tensor | None = None
+    watched_M: Tensor | None = None
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
@@ -62,7 +67,12 @@ class Batch:
     def collector(self, statistics: LayerStatistics, device: torch.device) -> Collector:
         """Where this batch's sums of one layer go."""
         real_T = None if self.mask_BL is None else self.mask_BL.reshape(-1).bool().to(device)
-        return Collector(statistics, self.key_BL.reshape(-1).to(device), real_T)
+        origin = None
+        if self.domain_B is not None and self.watched_M is not None:
+            domain_BL = self.domain_B[:, None].expand_as(self.ids_BL)
+            parts = (self.ids_BL.reshape(-1), domain_BL.reshape(-1), self.watched_M)
+            origin = Origin(*(tensor.to(device) for tensor in parts))
+        return Collector(statistics, self.key_BL.reshape(-1).to(device), real_T, origin)
 
 
 @dataclass
