@@ -41,6 +41,11 @@ class StateFolder:
         """Whether a run has begun."""
         return self.path.is_dir()
 
+    def reached(self) -> str:
+        """How far the run came, in words."""
+        numbers = self.numbers()
+        return f"step {0 if numbers is None else numbers['progress']['step']}"
+
     def delete(self) -> None:
         """Forget the run."""
         shutil.rmtree(self.path, ignore_errors=True)
