@@ -47,6 +47,10 @@ class StateFolder:
         for name in ("state", "best"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         self.log.unlink(missing_ok=True)
+    def reached(self) -> str:
+        """How far the run came, in words."""
+        numbers = self.numbers()
+        return f"step {0 if numbers is None else numbers['progress']['step']}"
 
     def delete(self) -> None:
         """Forget the run."""
