@@ -47,3 +47,6 @@ def register() -> None:
         ) from None
     for name, where in architectures().items():
         ModelRegistry.register_model(name, where)
+    from moeprune.serving.vllm_config import accept_uneven
+
+    accept_uneven()

@@ -8,7 +8,7 @@ never allocated), and the vectors are added to the experts' output.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,22 +66,19 @@ class SlottedExperts(RoutedExperts):
                     f"does not go together with {what}"
                 )
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-        """Load tensors under their names in the checkpoint; yields the parameters' names."""
-        yield from super().load_weights(self._renamed(weights))
-        if self.added_value is not None:
-            yield "added_value"
+    def take(self, name: str, tensor: Tensor) -> str | None:
+        """Load a tensor if it is one of the vectors; else the name under which vLLM loads it.
 
-    def _renamed(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights:
-            row = self.slots.row(name)
-            if row is None:
-                yield self.slots.stored_name(name), tensor
-            else:
-                assert self.added_value is not None
-                self.added_value.data[row].copy_(tensor)
-                added = self.slots.added
-                self.missing -= {added[row]} if isinstance(row, int) else set(added)
+        ``name`` is the checkpoint's, relative to the experts.
+        """
+        row = self.slots.row(name)
+        if row is None:
+            return self.slots.stored_name(name)
+        assert self.added_value is not None
+        self.added_value.data[row].copy_(tensor)
+        added = self.slots.added
+        self.missing -= {added[row]} if isinstance(row, int) else set(added)
+        return None
 
     def complete(self) -> None:
         """Raise ``CheckpointError`` if a vector that config.json names was not in the files."""

@@ -9,7 +9,7 @@ is built, and only then.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, ClassVar
@@ -42,12 +42,37 @@ class Pruned:
         tie(self, config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint; raises ``CheckpointError`` if a vector is missing."""
-        loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
-        for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, SlottedExperts):
-                module.complete()
+        """Load a checkpoint; raises ``CheckpointError`` if a vector is missing.
+
+        The experts' tensors are renamed before vLLM sees them: its classes differ in how they load
+        them, but each of them knows experts by their slots.
+        """
+        experts = {
+            name.removesuffix("routed_experts"): module
+            for name, module in self.named_modules()  # type: ignore[attr-defined]
+            if isinstance(module, SlottedExperts)
+        }
+        loaded: set[str] = super().load_weights(renamed(weights, experts))  # type: ignore[misc]
+        for prefix, module in experts.items():
+            module.complete()
+            if module.added_value is not None:
+                loaded.add(f"{prefix}routed_experts.added_value")
         return loaded
+
+
+def renamed(
+    weights: Iterable[tuple[str, Tensor]], experts: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """Take out the vectors of ``experts`` (by prefix), and name their stored experts by slots."""
+    for name, tensor in weights:
+        prefix, found, rest = name.partition(".experts.")
+        module = experts.get(prefix + found)
+        if module is None:
+            yield name, tensor
+            continue
+        inner = module.take(rest, tensor)
+        if inner is not None:
+            yield f"{prefix}{found}{inner}", tensor
 
 
 @contextmanager
