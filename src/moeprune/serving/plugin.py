@@ -28,9 +28,7 @@ MODELS = "moeprune.serving.vllm_models"
 
 def architectures() -> dict[str, str]:
     """Names in ``architectures`` of config.json, and the class that serves each of them."""
-    return {
-        f"{kind}{native}": f"{MODELS}:Pruned{native}" for native in NATIVE for kind in KINDS
-    }
+    return {f"{kind}{native}": f"{MODELS}:Pruned{native}" for native in NATIVE for kind in KINDS}
 
 
 def register() -> None:
