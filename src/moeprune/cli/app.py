@@ -13,6 +13,7 @@ from moeprune.cli.compare import compare
 from moeprune.cli.demo import demo
 from moeprune.cli.listings import inspect, methods, models
 from moeprune.cli.plan_diff import plan_diff
+from moeprune.cli.plan_export import plan_export
 from moeprune.cli.recover import recover
 from moeprune.cli.run import run
 from moeprune.cli.stages import apply, calibrate, evaluate, merge, plan, prune
@@ -37,6 +38,7 @@ for command in (
     merge,
     plan,
     plan_diff,
+    plan_export,
     apply,
     prune,
     evaluate,
