@@ -15,6 +15,7 @@ from moeprune.cli.demo import demo
 from moeprune.cli.evaluate import evaluate
 from moeprune.cli.listings import inspect, methods, models
 from moeprune.cli.plan_diff import plan_diff
+from moeprune.cli.plan_export import plan_export
 from moeprune.cli.recover import recover
 from moeprune.cli.report import report
 from moeprune.cli.run import run
@@ -41,6 +42,7 @@ for command in (
     merge,
     plan,
     plan_diff,
+    plan_export,
     apply,
     prune,
     evaluate,
