@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from moeprune.cli import output
+from moeprune.cli import health, output
 from moeprune.cli.options import (
     AsJson,
     Data,
@@ -18,6 +18,17 @@ from moeprune.cli.options import (
     parse_compute,
     parse_text,
 )
+from moeprune.cli.task_options import (
+    BatchSize,
+    Door,
+    IncludePath,
+    Limit,
+    NumFewshot,
+    TaskData,
+    Tasks,
+    task_sections,
+)
+from moeprune.cli.task_tables import print_tasks
 
 if TYPE_CHECKING:
     from moeprune.pipeline.evaluating import Section
@@ -38,7 +49,23 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    generate: health.Generate = False,
+    prompts: health.Prompts = None,
+    prompts_per_domain: health.PerDomain = None,
+    new_tokens: health.NewTokens = None,
+    temperature: health.Temperatures = None,
+    seed: health.HealthSeed = 0,
+    efficiency: health.Efficiency = False,
+    rounds: health.Rounds = None,
+    card: health.Card = False,
     trust_remote_code: Trust = False,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    task_data: TaskData = None,
+    include_path: IncludePath = None,
+    num_fewshot: NumFewshot = None,
+    door: Door = "streamed",
+    batch_size: BatchSize = 16,
     as_json: AsJson = False,
 ) -> None:
     """Measure held-out perplexity per domain and, against a teacher, what was lost.
@@ -46,22 +73,40 @@ def evaluate(
     Example: `moeprune evaluate smaller --teacher demo`
     """
     from moeprune.pipeline import evaluating
+    from moeprune.pipeline.cards import find_card, write_measured
 
-    sections: dict[str, Section] = {}
+    text = parse_text(data, sequences, length, 0)
+    sections: dict[str, Section] = {
+        **task_sections(tasks, limit, task_data, include_path, num_fewshot, door, batch_size),
+        **health.generation_section(
+            generate, text, prompts, prompts_per_domain, new_tokens, temperature, seed
+        ),
+        **health.efficiency_section(efficiency, text, rounds),
+    }
+    if card:
+        find_card(model)  # before the work
     with output.progress_bars() as progress:
         result = evaluating.evaluate(
             model,
             teacher,
-            parse_text(data, sequences, length, 0),
+            text,
             parse_compute(dtype, device, workers, trust_remote_code),
             progress,
             sections,
             smallest,
         )
+    if card:
+        output.note(f"wrote {write_measured(model, result)}")
     if as_json:
         output.print_json(result)
         return
     _print_text(result)
+    if "tasks" in result:
+        print_tasks(result["tasks"], result["protocols"])
+    if generate:
+        health.print_generation(result["generation"])
+    if efficiency:
+        health.print_efficiency(result["efficiency"])
 
 
 def _print_text(result: dict[str, Any]) -> None:
