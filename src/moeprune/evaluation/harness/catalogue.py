@@ -111,8 +111,11 @@ class Catalogue:
         self.manager = self._index([])
         missing = {name for name in names if name not in self._known}
         while missing:
-            found = {folder for name in missing for folder in _places().get(name, ())}
-            if not found - self._folders:
+            unknown = sorted(missing - set(_places()))
+            if unknown:
+                raise _unknown(unknown[0], [*_places(), *self._known])
+            found = {folder for name in missing for folder in _places()[name]}
+            if not found - self._folders:  # a tag that only templates mention
                 self.manager = self._index(None)
                 missing -= set(self._known)
                 if missing:
@@ -192,7 +195,9 @@ def _places() -> dict[str, tuple[Path, ...]]:
     import lm_eval.tasks
 
     found: dict[str, set[Path]] = {}
-    for file in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
+    for file in Path(lm_eval.tasks.__file__).parent.rglob("*"):
+        if file.suffix not in ("", ".yaml") or not file.is_file():
+            continue  # templates that tasks include have no suffix
         for name, items in _NAMED.findall(file.read_bytes()):
             for each in [name] if name else _ITEM.findall(items):
                 found.setdefault(each.decode(), set()).add(file.parent)
