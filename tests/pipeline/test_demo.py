@@ -45,7 +45,9 @@ def made(english: Path, shelf: Path) -> Made:
         progress=lambda what, done, total: steps.append(what),
         pairs=10,
     )
-    assert {"walking", "novices: planning", "fewer: writing", "evaluating", "blimp_sample"} <= set(steps)
+    assert {"walking", "novices: planning", "fewer: writing", "evaluating", "blimp_sample"} <= set(
+        steps
+    )
     return out, result
 
 

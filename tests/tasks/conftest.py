@@ -80,7 +80,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i, colour in enumerate(COLOURS[:5])
         ],
     )
-    write(folder / "wikitext.jsonl", [{"page": " = Colours = \n" + "Red and green . " * 150}])
+    write(folder / "wikitext.jsonl", [{"page": " = Colours = \n" + "Red and green . " * 40}])
     write(folder / "gsm8k.jsonl", [{"question": "One and one?", "answer": "#### 2"}])
     pair = {"sentence_good": "The dogs bark.", "sentence_bad": "The dogs barks."}
     write(

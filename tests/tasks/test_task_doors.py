@@ -186,6 +186,4 @@ def test_the_package_sample_is_measured_as_the_harness_does(tmp_path: Path) -> N
     checkpoint = Checkpoint.open("demo")
     models = {"demo": FLOAT32.open(checkpoint)}
     mine = measure_sample(models, load_tokenizer(checkpoint), 70, FLOAT32, lambda *_: None, 8)
-    assert mine["demo"] == [
-        item == 1.0 for item in theirs["blimp_adjunct_island"].items["acc"]
-    ]
+    assert mine["demo"] == [item == 1.0 for item in theirs["blimp_adjunct_island"].items["acc"]]

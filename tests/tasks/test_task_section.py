@@ -95,7 +95,7 @@ def measured(questions: Path, pruned: Path) -> Sections:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PROTOCOLS, "small", Protocol("small", "here", 1, both, "ours"))
         names = ("arc_easy", "moe-pruner", "mone", "small", "wikitext", "blimp_sample")
-        tasks = Tasks(TaskOptions(names, 6, questions))
+        tasks = Tasks(TaskOptions(names, 4, questions))
         found = {"tasks": tasks.tasks(pruned, "demo", FLOAT32, silent)}
         found["protocols"] = tasks.protocols()
     return json.loads(json.dumps(found, allow_nan=False))
@@ -135,14 +135,14 @@ def test_a_mean_when_all_ran(measured: Sections) -> None:
 
 def test_entries(measured: Sections) -> None:
     entry = measured["tasks"]["arc_easy"]
-    assert (entry["protocol"], entry["items"], entry["metric"]) == (None, 6, "acc")
+    assert (entry["protocol"], entry["items"], entry["metric"]) == (None, 4, "acc")
     assert entry["low"] <= entry["value"] <= entry["high"]
     assert entry["difference"]["value"] == pytest.approx(entry["value"] - entry["teacher"])
     assert entry["verdict"].startswith("too small a sample")
     assert entry["harness"] and entry["task_version"] == "1.0"
     whole = measured["tasks"]["wikitext"]
     assert whole["value"] > whole["teacher"] and whole["difference"] is None
-    assert measured["tasks"]["blimp_sample"]["items"] == 6
+    assert measured["tasks"]["blimp_sample"]["items"] == 4
 
 
 def test_two_protocols_two_tables(measured: Sections, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,8 +187,8 @@ def test_rows_of_a_demo_run(pruned: Path) -> None:
         {"name": "original", "path": None},
         {"name": pruned.name, "path": str(pruned)},
     ]
-    with_sample(rows, pruned.parent, 201, FLOAT32, silent)
+    with_sample(rows, pruned.parent, 134, FLOAT32, silent)
     first, second = (row["tasks"][blimp.NAME] for row in rows)
     assert first["teacher"] is None and first["value"] > blimp.CHANCE
-    assert second["teacher"] == first["value"] and second["items"] == 201
+    assert second["teacher"] == first["value"] and second["items"] == 134
     assert len(sample_rows(rows)) == 2
