@@ -162,7 +162,7 @@ def test_the_same_again_computes_nothing(
         raise AssertionError("computed again")
 
     monkeypatch.setattr(arena_cell, "make_plan", never)
-    monkeypatch.setattr("moeprune.pipeline.arena.measuring.evaluate_models", never)
+    monkeypatch.setattr("moeprune.pipeline.arena.measuring.measure_models", never)
     again = compare("demo", out, Grid("mone,moeits", (Budget(ratio=0.5),)), **texts)
     assert again["cells"] == result["cells"] and tree(out / "plans") == before
     assert len(again["order"]) == 2

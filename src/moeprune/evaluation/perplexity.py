@@ -192,11 +192,23 @@ def evaluate(
     return results
 
 
+def refuse_other_vocabulary(models: Mapping[str, LayeredModel]) -> int:
+    """The vocabulary that all models share.
+
+    Raises:
+        DataError: they do not.
+    """
+    found: set[int] = {text_config(model.config).vocab_size for model in models.values()}
+    if len(found) > 1:
+        raise DataError(
+            f"teacher and student have different vocabularies: {sorted(found)}",
+            "give --teacher the model that this one was made from",
+        )
+    return found.pop()
+
+
 def _rows(models: Mapping[str, LayeredModel], domain: Domain) -> int:
-    vocabularies: set[int] = {text_config(model.config).vocab_size for model in models.values()}
-    if len(vocabularies) > 1:
-        raise DataError(f"teacher and student have different vocabularies: {sorted(vocabularies)}")
-    tokens = min(_TOKENS_PER_BATCH, _LOGITS_PER_BATCH // vocabularies.pop())
+    tokens = min(_TOKENS_PER_BATCH, _LOGITS_PER_BATCH // refuse_other_vocabulary(models))
     return max(1, tokens // domain.ids_NL.shape[1])
 
 
