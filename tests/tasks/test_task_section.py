@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import pytest
 
 import moeprune
 from moeprune import Budget, Compute, MoepruneError
+from moeprune.cli.app import main
 from moeprune.cli.task_tables import print_tasks, sample_rows
 from moeprune.evaluation import blimp
+from moeprune.evaluation.harness import catalogue
 from moeprune.evaluation.harness.catalogue import Catalogue
 from moeprune.evaluation.harness.local import Folder
 from moeprune.evaluation.harness.protocols import PROTOCOLS, Protocol
 from moeprune.evaluation.harness.scores import mean_score, score
 from moeprune.evaluation.intervals import mcnemar
+from moeprune.evaluation.schema import check
 from moeprune.pipeline.inputs import silent
 from moeprune.pipeline.sample import with_sample
 from moeprune.pipeline.tasks import TaskOptions, Tasks
@@ -68,6 +72,32 @@ def test_options_that_make_no_sense() -> None:
     assert "shots are 15" in refusal("moeits", shots=3).problem
     assert "--door" in refusal("blimp_sample", door="back").problem
     assert "--limit" in refusal("blimp_sample", limit=0).problem
+
+
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(catalogue, "version", absent)
+    assert "moeprune[eval]" in refusal("arc_easy").hint
+    Tasks(TaskOptions(("blimp_sample",)))  # needs nothing that is not there
+
+
+def command(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr("sys.argv", ["moeprune", "evaluate", "demo", *arguments])
+        main()
+    return int(caught.value.code or 0)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--tasks", "blimp_sampel") == 2
+    assert "did you mean blimp_sample" in capsys.readouterr().err
+    few = ("--sequences", "1", "--length", "8", "--limit", "5")
+    assert command(*few, "--tasks", "blimp_sample", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    check(result)
+    assert result["tasks"]["blimp_sample"]["items"] == 5 and result["protocols"] == {}
 
 
 def test_a_group_file_serves_its_tasks(questions: Path) -> None:

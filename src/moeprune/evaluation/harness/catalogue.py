@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.errors import DataError, MoepruneError
+from moeprune.evaluation import blimp
+from moeprune.evaluation.harness.protocols import PROTOCOLS
 from moeprune.models.native import quiet_transformers
 
 _NAMED = re.compile(
@@ -205,11 +207,11 @@ def _places() -> dict[str, tuple[Path, ...]]:
 
 
 def _unknown(name: str, known: Iterable[str]) -> DataError:
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    ours = (*PROTOCOLS, blimp.NAME)
+    close = difflib.get_close_matches(name, [*ours, *known], n=3, cutoff=0.6)
     if close:
         return DataError(f"unknown task {name!r}", f"did you mean {' or '.join(close)}?")
     return DataError(
         f"unknown task {name!r}",
-        "lm-eval ls tasks lists those of the harness; "
-        "moe-pruner, mone, moeits and blimp_sample are ours",
+        f"lm-eval ls tasks lists those of the harness; {', '.join(ours)} are ours",
     )
