@@ -101,6 +101,16 @@ def test_differences_add_in_squares() -> None:
     assert far.half() == pytest.approx(one.half())
 
 
+@pytest.mark.parametrize("size", [30, MOST + 1])
+def test_parts_are_independent_even_of_one_stream(size: int) -> None:
+    """The spread of a sum of ten is √10 times that of one, not ten times."""
+    rng = np.random.default_rng(9)
+    parts = [estimate(rng.normal(size=size)) for _ in range(10)]
+    total = combined([(1.0, part) for part in parts])
+    assert total.half() == pytest.approx(1.96 * total.error, rel=0.08)
+    assert total.shift_B.std() == pytest.approx(total.error, rel=0.1)
+
+
 def test_p_value_agrees_with_the_interval() -> None:
     rng = np.random.default_rng(6)
     for shift in np.linspace(0.0, 1.0, 21):

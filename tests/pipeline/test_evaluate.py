@@ -238,4 +238,7 @@ def test_a_model_that_overflows(shelf: Path, english: Path) -> None:
     result = evaluate(shelf / "broken", "demo", Text((str(english),), 1, 16), FLOAT32)
     json.dumps(result, allow_nan=False)
     assert result["groups"]["all"]["perplexity"] is None and result["groups"]["all"]["kl"] is None
-    assert result["domains"]["english"]["tokens"] == 15
+    english_score = result["domains"]["english"]
+    assert english_score["tokens"] == 15
+    against = english_score["against"]
+    assert against["kl"]["low"] is None and against["verdict"].startswith("unknown")
