@@ -20,7 +20,7 @@ import torch
 
 import moeprune
 from moeprune import Budget, Compute, Text
-from moeprune.cli.task_tables import _between, _number, _signed
+from moeprune.cli.task_tables import between, number, signed
 from moeprune.evaluation import blimp
 from moeprune.evaluation.harness import doors, running
 from moeprune.evaluation.harness.catalogue import Catalogue, harness_version
@@ -61,8 +61,8 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 def cell(entry: Mapping[str, Any]) -> str:
     gap = entry["difference"]
-    own = _number(entry["value"]) + _between(entry["low"], entry["high"])
-    return own if gap is None else f"{_number(entry['value'])}; {_signed(gap)}"
+    own = number(entry["value"]) + between(entry["low"], entry["high"])
+    return own if gap is None else f"{number(entry['value'])}; {signed(gap)}"
 
 
 def of_protocol(
