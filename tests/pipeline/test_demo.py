@@ -43,8 +43,11 @@ def made(english: Path, shelf: Path) -> Made:
         FLOAT32,
         command="moeprune demo <test>",
         progress=lambda what, done, total: steps.append(what),
+        pairs=10,
     )
-    assert {"walking", "novices: planning", "fewer: writing", "evaluating"} <= set(steps)
+    assert {"walking", "novices: planning", "fewer: writing", "evaluating", "blimp_sample"} <= set(
+        steps
+    )
     return out, result
 
 
