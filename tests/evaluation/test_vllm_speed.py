@@ -59,7 +59,7 @@ def test_engines_take_turns(log: Path) -> None:
     turns = [tuple(json.loads(line)) for line in log.read_text().splitlines()]
     assert turns == [(m, p, n) for p in (1, 1, 2) for m in "ab" for n in (1, 6)]
     assert [len(samples) for samples in found.values()] == [2, 2]
-    assert all(s.decode > s.prefill > 0 for samples in found.values() for s in samples)
+    assert all(s.decode > 0 and s.prefill > 0 for samples in found.values() for s in samples)
 
 
 def test_a_refused_model_is_named_with_the_reason(log: Path) -> None:
