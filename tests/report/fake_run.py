@@ -52,6 +52,7 @@ def fake_run(layers: int = 6, experts: int = 32, seed: int = 0) -> dict[str, Any
             "data_hash": "9f3c" * 16,
         },
         "usage": usage,
+        "atlas": _atlas(rng, usage, rows),
         "rows": rows,
         "warnings": ["This model is a toy: do not draw conclusions about large models from it."],
         "versions": {"moeprune": "0.1.0", "torch": "2.13.0", "transformers": "5.23.1"},
@@ -81,6 +82,34 @@ def _row(
         "peak_memory_bytes": 4.1e8,
         "path": f"demo-out/{name}" if method else None,
         "warnings": [],
+    }
+
+
+def _atlas(
+    rng: random.Random, usage: dict[str, list[float]], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What experts served: domains at random, the same tokens for all."""
+    layers: dict[str, Any] = {}
+    for layer, shares in usage.items():
+        count = [round(40_000 * share) for share in shares]
+        parts = [[rng.expovariate(1) ** 2 for _ in DOMAINS] for _ in shares]
+        layers[layer] = {
+            "count": count,
+            "gate": [round(rng.uniform(0.1, 0.5), 3) for _ in shares],
+            "domains": [
+                [round(n * part / sum(own)) for part in own]
+                for n, own in zip(count, parts, strict=True)
+            ],
+            "tokens": [[[0, 40, 5.5], [1, 31, 2.25], [2, 7, 1.5]] for _ in shares],
+        }
+    measured = {
+        row["name"]: {layer: [20.5, 32] for layer in usage} for row in rows if row["bytes"] > 0
+    }
+    return {
+        "domains": list(DOMAINS),
+        "tokens": [" und", "\n", "</script>"],
+        "layers": layers,
+        "routing": {"tokens": 6144, "rows": measured},
     }
 
 

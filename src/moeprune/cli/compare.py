@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -84,7 +82,7 @@ def compare(
             ),
             force=force,
             keep_checkpoints=keep_checkpoints,
-            command=shlex.join(["moeprune", *sys.argv[1:]]),
+            command=output.command_line(),
             progress=progress,
             say=output.note,
         )
@@ -96,7 +94,7 @@ def compare(
     output.print_rows("methods on one calibration, measured alike", table_rows(result, SHORT))
     for line in refusals(result):
         output.note(line)
-    output.OUT.print(f"report: {out / 'compare.html'}   ({result['seconds']:.0f} s)")
+    output.tell_report(out / "compare.html", result["seconds"])
 
 
 def _grid(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +14,7 @@ from moeprune.cli.options import (
     Force,
     Workers,
 )
+from moeprune.cli.task_tables import sample_rows
 
 
 def demo(
@@ -33,13 +32,12 @@ def demo(
     from moeprune.pipeline.demo import demo as run
     from moeprune.pipeline.stages import Compute
 
-    command = shlex.join(["moeprune", *sys.argv[1:]])
     with output.progress_bars() as progress:
         result = run(
             out,
             compute=Compute("cpu", dtype, workers),
             force=force,
-            command=command,
+            command=output.command_line(),
             progress=progress,
         )
     if as_json:
@@ -47,6 +45,7 @@ def demo(
         return
     output.print_rows("what was kept, lost and spent", output.run_rows(result["rows"]))
     output.print_rows("held-out perplexity by domain", output.perplexity_rows(result["rows"]))
+    output.print_rows("minimal pairs (BLiMP), share right; chance 0.5", sample_rows(result["rows"]))
     for row in result["rows"]:
         output.tell_warnings(f"{row['name']}: {text}" for text in row["warnings"])
-    output.OUT.print(f"report: {out / REPORT}   ({result['seconds']:.0f} s)", soft_wrap=True)
+    output.tell_report(out / REPORT, result["seconds"])

@@ -18,6 +18,17 @@ from moeprune.cli.options import (
     parse_compute,
     parse_text,
 )
+from moeprune.cli.task_options import (
+    BatchSize,
+    Door,
+    IncludePath,
+    Limit,
+    NumFewshot,
+    TaskData,
+    Tasks,
+    task_sections,
+)
+from moeprune.cli.task_tables import print_tasks
 
 if TYPE_CHECKING:
     from moeprune.pipeline.evaluating import Section
@@ -48,6 +59,13 @@ def evaluate(
     rounds: health.Rounds = None,
     card: health.Card = False,
     trust_remote_code: Trust = False,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    task_data: TaskData = None,
+    include_path: IncludePath = None,
+    num_fewshot: NumFewshot = None,
+    door: Door = "streamed",
+    batch_size: BatchSize = 16,
     as_json: AsJson = False,
 ) -> None:
     """Measure held-out perplexity per domain and, against a teacher, what was lost.
@@ -59,6 +77,7 @@ def evaluate(
 
     text = parse_text(data, sequences, length, 0)
     sections: dict[str, Section] = {
+        **task_sections(tasks, limit, task_data, include_path, num_fewshot, door, batch_size),
         **health.generation_section(
             generate, text, prompts, prompts_per_domain, new_tokens, temperature, seed
         ),
@@ -82,6 +101,8 @@ def evaluate(
         output.print_json(result)
         return
     _print_text(result)
+    if "tasks" in result:
+        print_tasks(result["tasks"], result["protocols"])
     if generate:
         health.print_generation(result["generation"])
     if efficiency:
@@ -90,7 +111,7 @@ def evaluate(
 
 def _print_text(result: dict[str, Any]) -> None:
     """A table of domains and groups, then what the differences mean."""
-    parts = {**result["domains"], **{f"[{name}]": x for name, x in result["groups"].items()}}
+    parts = {**result["domains"], **{f"= {name}": x for name, x in result["groups"].items()}}
     rows = [{"domain": name, **_cells(score)} for name, score in parts.items()]
     output.print_rows(f"{result['model']} ({result['dtype']})", rows)
     if result["teacher"] is None:

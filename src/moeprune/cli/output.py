@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -168,6 +169,17 @@ def tell_warnings(warnings: Iterable[str]) -> None:
     """Warnings of a plan, one a line."""
     for text in warnings:
         note(f"warning: {text}")
+
+
+def tell_report(page: Path, seconds: float | None = None) -> None:
+    """Which file to open: the last line of what a command prints."""
+    spent = "" if seconds is None else f"   ({seconds:.0f} s)"
+    OUT.print(f"report: {page}{spent}", soft_wrap=True)
+
+
+def command_line() -> str:
+    """The command that runs, as it can be repeated."""
+    return shlex.join(["moeprune", *sys.argv[1:]])
 
 
 def print_sizes(out: Path, sizes: Any, more: dict[str, Any], as_json: bool) -> None:

@@ -32,7 +32,9 @@ def run(
     from moeprune.pipeline.recipes.run import run as do
 
     with output.progress_bars() as progress:
-        result = do(recipe, out, force, keep_steps, trust_remote_code, progress)
+        result = do(
+            recipe, out, force, keep_steps, trust_remote_code, progress, output.command_line()
+        )
     for number, step in enumerate(result["steps"]):
         output.tell_warnings(f"step {number + 1}: {text}" for text in step["warnings"])
     if as_json:
@@ -58,3 +60,4 @@ def run(
             f"perplexity {total['perplexity']:.4g}, KL {total['kl']:.4g}, "
             f"agreement {total['agreement']:.1%}"
         )
+    output.tell_report(Path(result["path"]) / "report.html")

@@ -19,6 +19,7 @@ from moeprune.cli.options import (
     Keep,
     Length,
     Method,
+    Mix,
     Model,
     Mtp,
     MultipleOf,
@@ -49,6 +50,7 @@ def calibrate(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory for the statistics.")],
     data: Data = None,
+    mix: Mix = None,
     sequences: Sequences = 128,
     length: Length = 2048,
     collect: Annotated[
@@ -77,7 +79,7 @@ def calibrate(
         store = stages.calibrate(
             model,
             out,
-            parse_text(data, sequences, length, seed),
+            parse_text(data, sequences, length, seed, mix),
             names,
             parse_compute(dtype, device, workers, trust_remote_code),
             force,
@@ -258,6 +260,7 @@ def prune(
             uniform,
             stages.Writing(pad, mtp, dequantize),
             parse_constraints(pin, forbid, protect_super),
+            output.command_line(),
         )
     if statistics is None and done.plan.statistics:
         output.tell_default_text(model, data)
@@ -267,3 +270,5 @@ def prune(
         "peak_memory_bytes": done.peak_memory_bytes,
     }
     output.print_sizes(out, done.sizes, more, as_json)
+    if not as_json:
+        output.tell_report(out / "report.html")

@@ -37,6 +37,25 @@ class ExpertRows:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the tokens of a batch come from.
+
+    Attributes:
+        token_T: their ids.
+        domain_T: a key of the domain of each.
+        watched_M: ids that are worth counting one by one, the same in every batch, ascending.
+    """
+
+    token_T: Tensor
+    domain_T: Tensor
+    watched_M: Tensor
+
+    def of(self, real_T: Tensor) -> Origin:
+        """Of some of the tokens."""
+        return Origin(self.token_T[real_T], self.domain_T[real_T], self.watched_M)
+
+
+@dataclass(frozen=True)
 class BlockRows:
     """One batch as the MoE block saw it; padding is not among the tokens.
 
@@ -46,6 +65,7 @@ class BlockRows:
         gate_TK: their weights, float32.
         logits_TR: the router's first output, or None if nobody asked for it.
         key_T: one number per token, the same for the same token in every run (int64).
+        origin: which tokens of which domains they are, where that is known.
     """
 
     x_TH: Tensor
@@ -53,6 +73,7 @@ class BlockRows:
     gate_TK: Tensor
     logits_TR: Tensor | None
     key_T: Tensor
+    origin: Origin | None = None
 
 
 class Accumulator(ABC):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moeprune.core.accumulating import Accumulator, BlockRows, ExpertRows
 from moeprune.core.accumulating import zeros as _zeros
+from moeprune.core.served import Served
 from moeprune.core.shapes import LayerShape
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Outputs",
     "RouterGram",
     "Routing",
+    "Served",
     "TokenSample",
 ]
 
@@ -380,9 +382,9 @@ ACCUMULATORS: dict[str, type[Accumulator]] = {
     kind.name: kind
     for kind in (
         Routing, Inputs, Hidden, Outputs, RouterGram, TokenSample, InputGram, HiddenGram,
-        NoviceGram,
+        NoviceGram, Served,
     )
 }  # fmt: skip
 
-LIGHT = ("routing", "inputs", "hidden", "outputs", "router", "sample")
+LIGHT = ("routing", "inputs", "hidden", "outputs", "router", "sample", "served")
 """Everything but the Gram matrices: what a calibration collects unless told otherwise."""

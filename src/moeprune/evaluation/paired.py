@@ -55,14 +55,14 @@ class Paired:
     domains: int = 1
 
     @classmethod
-    def of(cls, student: DomainScore, teacher: DomainScore) -> Paired:
+    def of(cls, name: str, student: DomainScore, teacher: DomainScore) -> Paired:
         """One domain."""
         one, two = student.sums, teacher.sums
         known = student.document_N is not None
         unit = "documents" if known else "windows of one document"
 
         def mean(sums_N: Any) -> Estimate:
-            return estimate(sums_N, one.tokens_N, student.document_N, unit)
+            return estimate(sums_N, one.tokens_N, student.document_N, unit, stream=name)
 
         return cls(
             student.tokens,
@@ -78,8 +78,8 @@ class Paired:
         """Several domains, every token counting the same; domains are strata, not a sample."""
         tokens = sum(part.tokens for part in parts)
 
-        def mean(name: str) -> Estimate:
-            return combined([(part.tokens / tokens, getattr(part, name)) for part in parts])
+        def mean(what: str) -> Estimate:
+            return combined([(part.tokens / tokens, getattr(part, what)) for part in parts])
 
         return cls(
             tokens,

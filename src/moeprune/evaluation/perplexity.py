@@ -208,30 +208,45 @@ def refuse_other_vocabulary(models: Mapping[str, LayeredModel]) -> int:
 
 
 def _rows(models: Mapping[str, LayeredModel], domain: Domain) -> int:
-    tokens = min(_TOKENS_PER_BATCH, _LOGITS_PER_BATCH // refuse_other_vocabulary(models))
-    return max(1, tokens // domain.ids_NL.shape[1])
+    return window_rows(refuse_other_vocabulary(models), domain.ids_NL.shape[1])
+
+
+def window_rows(vocabulary: int, length: int) -> int:
+    """How many windows of ``length`` tokens go together, so that their logits fit in memory."""
+    return max(1, min(_TOKENS_PER_BATCH, _LOGITS_PER_BATCH // vocabulary) // length)
 
 
 def _score(
     index: int, ids_BL: Tensor, walks: Mapping[str, Walk], teacher: str | None
 ) -> dict[str, Sums]:
     """All models on one batch."""
-    reference: _Reference | None = None
+    reference: Reference | None = None
     scores = {}
     names = sorted(walks, key=lambda name: name != teacher)  # the teacher first
     for name in names:
         logits_BLV = walks[name].logits_of(index)[:, :-1]
         if name == teacher:
-            reference = _Reference.of(logits_BLV)
-        sums = Sums.zeros(len(ids_BL))
-        sums.tokens_N += ids_BL.shape[1] - 1
-        for at, logp_nV in _log_softmax(logits_BLV):
-            target_n1 = ids_BL[at[0], 1:][at[1], None].to(logp_nV.device)
-            sums.nll_N[at[0]] -= float(logp_nV.gather(-1, target_n1).double().sum())
-            if reference is not None and name != teacher:
-                reference.compare(at, logp_nV, sums)
-        scores[name] = sums
+            reference = Reference.of(logits_BLV)
+        scores[name] = window_sums(logits_BLV, ids_BL, reference if name != teacher else None)
     return scores
+
+
+def window_sums(logits_BLV: Tensor, ids_BL: Tensor, reference: Reference | None) -> Sums:
+    """What the logits of one batch say of its windows.
+
+    Args:
+        logits_BLV: of every position but the last.
+        ids_BL: the tokens.
+        reference: what the teacher says, if there is one.
+    """
+    sums = Sums.zeros(len(ids_BL))
+    sums.tokens_N += ids_BL.shape[1] - 1
+    for at, logp_nV in _log_softmax(logits_BLV):
+        target_n1 = ids_BL[at[0], 1:][at[1], None].to(logp_nV.device)
+        sums.nll_N[at[0]] -= float(logp_nV.gather(-1, target_n1).double().sum())
+        if reference is not None:
+            reference.compare(at, logp_nV, sums)
+    return sums
 
 
 _At = tuple[int, slice]
@@ -247,7 +262,7 @@ def _log_softmax(logits_BLV: Tensor) -> Iterator[tuple[_At, Tensor]]:
 
 
 @dataclass
-class _Reference:
+class Reference:
     """What the teacher says of one batch."""
 
     logp_BLV: Tensor
@@ -255,7 +270,7 @@ class _Reference:
     best_BL: Tensor
 
     @classmethod
-    def of(cls, logits_BLV: Tensor) -> _Reference:
+    def of(cls, logits_BLV: Tensor) -> Reference:
         """Its log-probabilities, probabilities and first choices."""
         logp_BLV = torch.empty_like(logits_BLV, dtype=torch.float32)
         for at, logp_nV in _log_softmax(logits_BLV):

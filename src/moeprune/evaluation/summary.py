@@ -69,7 +69,8 @@ def against(
 def paired(student: Evaluation, teacher: Evaluation) -> dict[str, Paired]:
     """The differences by domain."""
     return {
-        name: Paired.of(score, teacher.domains[name]) for name, score in student.domains.items()
+        name: Paired.of(name, score, teacher.domains[name])
+        for name, score in student.domains.items()
     }
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
+from moeprune.core.accumulating import Origin
 from moeprune.core.accumulators import BlockRows, ExpertRows
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import UnsupportedModelError
@@ -39,6 +40,7 @@ class Collector:
         statistics: the sums of this batch.
         key_T: one number per token, padding included.
         real_T: True where a token is no padding; None if none is.
+        origin: which tokens of which domains they are, where that is known.
         logits_TR: the router's logits, if an accumulator wants them.
         routing: input and outputs of the router, where the experts are not told its choice.
     """
@@ -46,6 +48,7 @@ class Collector:
     statistics: LayerStatistics
     key_T: Tensor
     real_T: Tensor | None
+    origin: Origin | None = None
     logits_TR: Tensor | None = None
     routing: tuple[Tensor, ...] | None = None
     calls: int = 0
@@ -200,12 +203,13 @@ def _collect(collector: Collector, expert: int, tokens_n: Tensor, rows: tuple[Te
 
 
 def _collect_block(collector: Collector, x_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> None:
-    logits_TR, key_T = collector.logits_TR, collector.key_T
+    logits_TR, key_T, origin = collector.logits_TR, collector.key_T, collector.origin
     if collector.real_T is not None:
         real = collector.real_T
         x_TH, index_TK, gate_TK, key_T = x_TH[real], index_TK[real], gate_TK[real], key_T[real]
         logits_TR = None if logits_TR is None else logits_TR[real]
-    collector.statistics.add_block(BlockRows(x_TH, index_TK, gate_TK, logits_TR, key_T))
+        origin = None if origin is None else origin.of(real)
+    collector.statistics.add_block(BlockRows(x_TH, index_TK, gate_TK, logits_TR, key_T, origin))
 
 
 def _observe_dbrx(self: Any, x_BLH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from moeprune.core.accumulating import Origin
 from moeprune.core.partial import PartialStatistics
 from moeprune.core.statistics import LayerStatistics
 from moeprune.models.loading import LayeredModel
@@ -46,11 +47,15 @@ class Batch:
         ids_BL: token ids.
         key_BL: one number per token that is the same in every run on the same text.
         mask_BL: 1 for tokens, 0 for padding; None if there is no padding.
+        domain_B: a key of the domain of each sequence; None where it is not known.
+        watched_M: token ids that are worth counting one by one, ascending; with ``domain_B``.
     """
 
     ids_BL: Tensor
     key_BL: Tensor
     mask_BL: Tensor | None = None
+    domain_B: Tensor | None = None
+    watched_M: Tensor | None = None
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
@@ -62,7 +67,12 @@ class Batch:
     def collector(self, statistics: LayerStatistics, device: torch.device) -> Collector:
         """Where this batch's sums of one layer go."""
         real_T = None if self.mask_BL is None else self.mask_BL.reshape(-1).bool().to(device)
-        return Collector(statistics, self.key_BL.reshape(-1).to(device), real_T)
+        origin = None
+        if self.domain_B is not None and self.watched_M is not None:
+            domain_BL = self.domain_B[:, None].expand_as(self.ids_BL)
+            parts = (self.ids_BL.reshape(-1), domain_BL.reshape(-1), self.watched_M)
+            origin = Origin(*(tensor.to(device) for tensor in parts))
+        return Collector(statistics, self.key_BL.reshape(-1).to(device), real_T, origin)
 
 
 @dataclass
@@ -118,26 +128,66 @@ class Walk:
                 returns True it has changed them, and the layer runs again before the next one.
             stream: gets the residual stream of all batches before every layer, and after the last.
         """
+        for index in self.standing():
+            if stream is not None:
+                stream([job.entered for job in self._lockstep.jobs])
+            self._run(index, needs, visit)
+            if index + 1 == len(self.model.layers) and stream is not None:
+                stream([job.output for job in self._lockstep.jobs])
+
+    def standing(self) -> Generator[int, None, None]:
+        """Every decoder layer in turn: its weights are in memory and all batches stand before it.
+
+        Whoever iterates computes the layer, with ``run`` for example, before going on.
+        """
         following: Future[None] = self._loader.submit(self._load, 0)
         for index in range(len(self.model.layers)):
             following.result()
             if index + 1 < len(self.model.layers):
                 following = self._loader.submit(self._load, index + 1)
-            if stream is not None:
-                stream([job.entered for job in self._lockstep.jobs])
-            site = self.model.sites.get(index)
-            if site is None or not needs:
-                self._lockstep.run(finished=lambda job: self._step())
-            else:
-                statistics = self._observe(site, needs)
-                if visit is not None and visit(site, statistics):
-                    self._lockstep.run()
+            yield index
             if index + 1 < len(self.model.layers):
                 self._lockstep.advance()  # past the last layer only when logits are asked for
-            elif stream is not None:
-                stream([job.output for job in self._lockstep.jobs])
             self.model.free_layer(index)
             _return_memory()
+
+    def _run(
+        self,
+        index: int,
+        needs: Sequence[str],
+        visit: Callable[[MoESite, LayerStatistics], bool] | None,
+    ) -> None:
+        """One layer, which is in memory."""
+        site = self.model.sites.get(index)
+        if site is None or not needs:
+            self._lockstep.run(finished=lambda job: self._step())
+        else:
+            statistics = self._observe(site, needs)
+            if visit is not None and visit(site, statistics):
+                self._lockstep.run()
+
+    def run(self, begin: Callable[[int], None] = lambda index: None) -> None:
+        """Compute the layer at which all batches stand, again if it was computed before.
+
+        Args:
+            begin: told a batch's index, in the thread that computes it, before it does.
+        """
+
+        def collect(index: int) -> None:
+            begin(index)
+
+        self._lockstep.run(collect)
+
+    def rerun(self, index: int) -> Tensor:
+        """Compute the layer for one batch, [B, L, H]."""
+        self._lockstep.jobs[index].compute()
+        return self.output(index)
+
+    def output(self, index: int) -> Tensor:
+        """What the layer made of a batch when it was computed last, [B, L, H]."""
+        found = self._lockstep.jobs[index].output
+        tensor: Tensor = found if isinstance(found, Tensor) else found[0]
+        return tensor
 
     def _load(self, index: int) -> None:
         torch.set_num_threads(1)  # this thread's copies; the batches' threads have the other cores
@@ -189,13 +239,21 @@ class Walk:
 
         def merge(job: Job) -> None:
             assert job.collector is not None
+            self._collected(site, job.index, job.collector.statistics)
             total.merge(job.collector.statistics)
             job.collector = None
             step()
 
         with observed(site, total.needs_router):
-            self._lockstep.run(collect, merge, window)
+            self._lockstep.run(collect, merge, window, self._observed_jobs())
         return total
+
+    def _collected(self, site: MoESite, index: int, statistics: LayerStatistics) -> None:
+        """Called with the sums of every batch before they are added up."""
+
+    def _observed_jobs(self) -> Sequence[Job] | None:
+        """The batches that are observed; None observes all."""
+        return None
 
     def logits(self, finished: Callable[[int, Tensor], None]) -> None:
         """Final norm and head; ``finished`` gets each batch's index and logits [B, L, V]."""

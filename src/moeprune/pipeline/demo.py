@@ -8,22 +8,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeprune.core.accumulators import LIGHT, Routing
+from moeprune.core.accumulators import LIGHT
 from moeprune.core.budget import Budget
 from moeprune.core.plan import Plan
 from moeprune.evaluation.perplexity import Evaluation
 from moeprune.evaluation.summary import against, summary
 from moeprune.files import json_bytes, new_directory, refuse_existing
 from moeprune.models.checkpoint import DEMO, Checkpoint
-from moeprune.models.data import describe
+from moeprune.models.data import describe, load_tokenizer
 from moeprune.models.editing import Sizes
 from moeprune.models.loading import LayeredModel
 from moeprune.models.store import StatisticsStore, versions, write_plan
-from moeprune.pipeline import stages
+from moeprune.pipeline import facts, stages
+from moeprune.pipeline.atlas import atlas, routing
 from moeprune.pipeline.cards import write_measured
 from moeprune.pipeline.evaluating import measure
-from moeprune.pipeline.inputs import Compute, Progress, Text, read_heldout, silent
+from moeprune.pipeline.inputs import (
+    Compute,
+    Progress,
+    Text,
+    read_calibration,
+    read_heldout,
+    silent,
+)
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
+from moeprune.pipeline.sample import DEMO_PAIRS, with_sample
 from moeprune.pipeline.seen import seen_domains
 from moeprune.report.html import render_report
 
@@ -70,6 +79,7 @@ def demo(
     force: bool = False,
     command: str = "moeprune demo",
     progress: Progress = silent,
+    pairs: int = DEMO_PAIRS,
 ) -> dict[str, Any]:
     """Compress the embedded model in several ways; write checkpoints, plans and a report.
 
@@ -88,17 +98,18 @@ def demo(
         for cell in cells:
             done[cell.name] = _compress(cell, work, compute, progress)
         scores = _measure(done, work, heldout, compute, progress)
+        rows = [_row(name, one, scores, heldout, out) for name, one in done.items()]
         result = {
             "format": "moeprune.run/1",
             "command": command,
             "model": _model_facts(),
             "calibration": {
-                **{key: store.manifest["data"][key] for key in ("tokens", "sequences", "domains")},
-                "data_hash": store.manifest["data"]["hash"],
+                **facts.calibration(store),
                 "seconds": round(calibrated, 2),
             },
-            "usage": _usage(store),
-            "rows": [_row(name, one, scores, heldout, out) for name, one in done.items()],
+            "usage": facts.usage(store),
+            "atlas": _atlas(store, done, work, text, compute, progress),
+            "rows": with_sample(rows, work, pairs, compute, progress),
             "warnings": [],
             "versions": versions(),
             "seconds": round(time.perf_counter() - begin, 2),
@@ -144,10 +155,7 @@ def _measure(
     done: dict[str, _Done], work: Path, heldout: Text, compute: Compute, progress: Progress
 ) -> dict[str, Evaluation]:
     """All models on the same held-out windows."""
-    models = {
-        name: compute.open(Checkpoint.open(DEMO if name == _ORIGINAL else work / name))
-        for name in done
-    }
+    models = _open(done, work, compute)
     domains = read_heldout(Checkpoint.open(DEMO), heldout)
     scores = measure(models, domains, _ORIGINAL, compute, progress)
     for name, evaluation in scores.items():
@@ -160,19 +168,32 @@ def _measure(
     return scores
 
 
+def _atlas(
+    store: StatisticsStore,
+    done: Mapping[str, _Done],
+    work: Path,
+    text: Text,
+    compute: Compute,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What the experts served, and the routing of all models on some of the same text."""
+    original = Checkpoint.open(DEMO)
+    models = _open(done, work, compute)
+    entropy = routing(models, read_calibration(original, text), compute.workers, progress)
+    return {**atlas(store, load_tokenizer(original)), "routing": entropy}
+
+
+def _open(names: Mapping[str, _Done], work: Path, compute: Compute) -> dict[str, LayeredModel]:
+    return {
+        name: compute.open(Checkpoint.open(DEMO if name == _ORIGINAL else work / name))
+        for name in names
+    }
+
+
 def _model_facts() -> dict[str, Any]:
-    facts = stages.inspect(DEMO)
+    found = stages.inspect(DEMO)
     keys = ("model_type", "layers", "moe_layers", "experts", "top_k", "parameters", "bytes")
-    return {"name": DEMO, **{key: facts[key] for key in (*keys, "fingerprint")}}
-
-
-def _usage(store: StatisticsStore) -> dict[str, list[float]]:
-    """Share of the routed slots that each expert served, by layer."""
-    found = {}
-    for index in store.layers:
-        count_E = store.layer(index).part(Routing).count_E.double()
-        found[str(index)] = (count_E / count_E.sum()).tolist()
-    return found
+    return {"name": DEMO, **{key: found[key] for key in (*keys, "fingerprint")}}
 
 
 def _row(
@@ -206,18 +227,5 @@ def _row(
         "peak_memory_bytes": done.peak,
         "path": None if plan is None else str(out / name),
         "warnings": [] if plan is None else list(plan.warnings),
-        "plan": None if plan is None else _plan_facts(plan),
-    }
-
-
-def _plan_facts(plan: Plan) -> dict[str, Any]:
-    return {
-        str(index): {
-            "keep": list(layer.keep),
-            "replaced": list(layer.replaced),
-            "dropped": list(layer.dropped),
-            "scores": {key: list(values) for key, values in layer.scores.items()},
-            "notes": list(layer.notes),
-        }
-        for index, layer in sorted(plan.layers.items())
+        "plan": None if plan is None else facts.plan_facts(plan),
     }

@@ -30,6 +30,7 @@ from moeprune.pipeline.inputs import (
 )
 from moeprune.pipeline.inspection import inspect
 from moeprune.pipeline.planning import plan
+from moeprune.pipeline.reporting import Witness
 from moeprune.pipeline.steps import Step, Steps
 
 __all__ = [
@@ -113,14 +114,17 @@ def prune(  # noqa: PLR0913  (what calibrate, plan and apply take, together)
     uniform: bool = False,
     writing: Writing = Writing(),
     constraints: Constraints = Constraints(),
+    command: str = "",
 ) -> Pruned:
     """calibrate + plan + apply, a recipe of one step. The plan is kept in the checkpoint as well.
 
-    ``dequantize`` is as for ``apply``.
+    ``dequantize`` is as for ``apply``. With ``command``, what was run, the checkpoint also gets
+    ``report.html`` and ``moeprune_run.json``, its data.
 
     Raises:
         MoepruneError: anything the user can mend; nothing is left behind.
     """
+    witness = Witness(source, compute, command) if command else None
     chosen = method if isinstance(method, Method) else make_method(method, options)
     steps = Steps(
         source,
@@ -132,6 +136,9 @@ def prune(  # noqa: PLR0913  (what calibrate, plan and apply take, together)
         writing,
         progress,
         force,
+        observed=None if witness is None else witness.observe,
     )
     (done,) = steps.run()
+    if witness is not None:
+        witness.write(Path(out), steps.done)
     return Pruned(done.plan, done.sizes, done.seconds, steps.peak)

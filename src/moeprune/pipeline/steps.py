@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from moeprune.core.accumulators import Routing, Served
 from moeprune.core.budget import Budget
 from moeprune.core.constraints import Constraints
 from moeprune.core.method import Method
@@ -82,6 +83,7 @@ class Steps:
         compute, writing, progress: as in the stages.
         force: replace ``out``.
         keep: a directory for the checkpoints between the steps; None deletes them.
+        observed: gets the statistics of the original, before they are deleted.
     """
 
     source: Source
@@ -94,6 +96,7 @@ class Steps:
     progress: Progress = silent
     force: bool = False
     keep: Path | None = None
+    observed: Callable[[Path], None] | None = None
     done: list[StepDone] = field(default_factory=list)
     peak: int | None = None
 
@@ -159,9 +162,13 @@ class Steps:
         later = self._projecting(number)
         if known is None and (step.needs or later):
             known = work / f"statistics-{number}"
-            needs = sorted(step.needs | later)
+            # what experts served costs nearly nothing in the same pass, and the report shows it
+            shown = set() if self.observed is None else {Routing.name, Served.name}
+            needs = sorted(step.needs | later | shown)
             calibrate(source, known, self.text, needs, self.compute, progress=self.progress)
             seconds["calibrate"] = time.perf_counter() - start
+        if number == 0 and known is not None and self.observed is not None:
+            self.observed(known)
         if step.needs:
             projected = number > 0 and step.statistics == PROJECT
             observed = "the original, projected" if projected else "the model that it changes"

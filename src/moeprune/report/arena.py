@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from moeprune.report import marks, pareto, wording
+from moeprune.report import atlas, marks, pareto, wording
+from moeprune.report.page import environment, scripts
 
 COLUMNS = (
     "method", "removes", "asked", "experts", "layers", "on disk", "of original", "parameters",
@@ -172,21 +172,19 @@ def _perplexity(row: Row, domain: str) -> str:
     return wording.significant(row["domains"][domain]["perplexity"])
 
 
-def render(result: Mapping[str, Any]) -> tuple[str, str]:
-    """The page and the picture; the picture is empty if fewer than two models were measured."""
-    environment = Environment(
-        loader=PackageLoader("moeprune.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def render(result: Mapping[str, Any], plans: Sequence[Row] = ()) -> tuple[str, str]:
+    """The page and the picture; the picture is empty if fewer than two models were measured.
+
+    ``plans`` are rows of the atlas: name, method and what the plan does, as in a run's result.
+    """
+    templates = environment()
+    drawn = atlas.payload({**result, "rows": plans})
     rows = measured(result)
     names = [title(row, result["texts"]) for row in rows]
     chart = pareto.chart(rows, names, result.get("original"))
     picture = ""
     if chart is not None:
-        picture = environment.get_template("pareto.svg.j2").render(
+        picture = templates.get_template("pareto.svg.j2").render(
             chart=chart,
             description="; ".join(pareto.tip(rows[i], names[i]) for i in pareto.front(rows)),
             colours=pareto.COLOURS,
@@ -195,7 +193,7 @@ def render(result: Mapping[str, Any]) -> tuple[str, str]:
             dark=marks.DARK,
         )
     best = {names[i] for i in pareto.front(rows)}
-    page = environment.get_template("compare.html.j2").render(
+    page = templates.get_template("compare.html.j2").render(
         model=result["model"],
         command=result["command"],
         columns=COLUMNS,
@@ -213,6 +211,13 @@ def render(result: Mapping[str, Any]) -> tuple[str, str]:
         light=marks.variables(),
         dark=marks.variables(dark=True),
         steps=marks.STEPS,
+        sides=marks.SIDES,
+        grid=None if drawn is None else atlas.grid(drawn),
+        data=None if drawn is None else atlas.script(drawn),
+        atlas=drawn,
+        choices=[] if drawn is None else atlas.choices(drawn),
+        colours=pareto.COLOURS,
+        **scripts("theme.js", "atlas.js"),
     )
     return page, picture
 

@@ -1,7 +1,8 @@
 """A run's results as one HTML file that needs nothing but a browser.
 
-No script, font or picture is fetched. The heat maps are tables, so that they can be read aloud,
-copied and printed. Names come from users, hence autoescaping is on for everything.
+Nothing is fetched, and a Content-Security-Policy forbids it. The atlas is a table that can be
+read aloud and printed; the script makes it tell of single experts. Names come from
+users, hence autoescaping is on for everything.
 """
 
 from __future__ import annotations
@@ -10,9 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from moeprune.report import heatmaps, marks, measurements, summary, wording
+from moeprune.report import (
+    atlas,
+    balance,
+    intervals,
+    marks,
+    measurements,
+    removals,
+    summary,
+    wording,
+)
+from moeprune.report.page import environment, scripts
 from moeprune.report.reading import check
 from moeprune.report.scatter import scatter
 
@@ -26,8 +35,9 @@ class Result:
     gist: str
     made: str
     times: str
-    maps: tuple[heatmaps.HeatMap, ...]
-    removals: tuple[heatmaps.Removal, ...]
+    place: int | None
+    removals: tuple[removals.Removal, ...]
+    merges: bool
     instead: str
     remarks: tuple[str, ...]
 
@@ -47,36 +57,55 @@ def render_report(result: Mapping[str, Any]) -> str:
     """
     check(result)
     samples, undrawn = measurements.samples(result)
-    environment = Environment(
-        loader=PackageLoader("moeprune.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    drawn = atlas.payload(result)
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            model=result["model"],
+            command=result["command"],
+            opening=summary.opening(result),
+            finding=summary.finding(result),
+            warnings=summary.warned(result),
+            table=measurements.table(result),
+            chart=scatter(samples),
+            undrawn=undrawn,
+            grid=None if drawn is None else atlas.grid(drawn),
+            data=None if drawn is None else atlas.script(drawn),
+            atlas=drawn,
+            choices=[] if drawn is None else atlas.choices(drawn),
+            balance=balance.balance(result),
+            sections=[
+                (title, words, found)
+                for key, title, words in _SECTIONS
+                if (found := intervals.section(result, key)) is not None
+            ],
+            seen=set((result.get("calibration") or {}).get("domains") or ()),
+            results=_results(result),
+            origin=_origin(result),
+            settings=_settings(result),
+            versions=result["versions"],
+            light=marks.variables(),
+            dark=marks.variables(dark=True),
+            steps=marks.STEPS,
+            sides=marks.SIDES,
+            **scripts("theme.js", "atlas.js"),
+        )
     )
-    return environment.get_template("report.html.j2").render(
-        model=result["model"],
-        command=result["command"],
-        opening=summary.opening(result),
-        finding=summary.finding(result),
-        warnings=summary.warned(result),
-        table=measurements.table(result),
-        chart=scatter(samples),
-        undrawn=undrawn,
-        usage=heatmaps.usage_map(result),
-        results=_results(result),
-        origin=_origin(result),
-        settings=_settings(result),
-        versions=result["versions"],
-        light=marks.variables(),
-        dark=marks.variables(dark=True),
-        steps=marks.STEPS,
-    )
+
+
+_SECTIONS = (
+    ("tasks", "Tasks", "Scores with their intervals, as the evaluation harness counts them"),
+    ("generation", "Generation", "Health of generated text, with intervals where they are known"),
+    ("efficiency", "Speed and memory", "Measured on the machine that made this report"),
+)
+"""Sections that evaluation may add: their key in a row, title and caption."""
 
 
 def _results(result: Mapping[str, Any]) -> tuple[Result, ...]:
     base = measurements.baseline(result)
     found = []
+    places = [index for index, row in enumerate(result["rows"]) if row.get("plan")]
     for index, row in enumerate(result["rows"]):
         if row["method"] is None:
             continue
@@ -91,10 +120,11 @@ def _results(result: Mapping[str, Any]) -> tuple[Result, ...]:
                 f"perplexity {wording.times(ratio)}",
                 made=f"{row['method']}, {wording.settings(row.get('budget'))}",
                 times=", ".join(times) or wording.NOTHING,
-                maps=heatmaps.score_maps(row, result),
-                removals=heatmaps.removals(row, result),
+                place=places.index(index) if index in places else None,
+                removals=removals.removals(row, result),
+                merges=any(entry.get("merged") for entry in (row.get("plan") or {}).values()),
                 instead=_instead(row),
-                remarks=heatmaps.remarks(row),
+                remarks=removals.remarks(row),
             )
         )
     return tuple(found)

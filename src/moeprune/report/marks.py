@@ -13,6 +13,9 @@ from typing import NamedTuple
 STEPS = 16
 """Number of shades of a ramp."""
 
+SIDES = 4
+"""Shades on either side of the middle of the diverging ramp."""
+
 LIGHT = {
     "page": "#fcfcfb",
     "panel": "#f3f4f4",
@@ -67,6 +70,21 @@ def ramp(dark: bool = False) -> tuple[str, ...]:
     return tuple(colours)
 
 
+def diverging(dark: bool = False) -> tuple[str, ...]:
+    """``2 SIDES + 1`` colours from blue (less) over grey (as much) to orange (more).
+
+    Blue and orange are told apart with every common kind of colour blindness, and lightness falls
+    on both sides alike, so that grey paper shows at least how far from the middle a value is.
+    """
+    middle, end = (0.30, 0.82) if dark else (0.955, 0.48)
+    colours = []
+    for step in range(-SIDES, SIDES + 1):
+        t = abs(step) / SIDES
+        lightness = middle + t * (end - middle)
+        colours.append(_oklch(lightness, 0.012 + 0.12 * t, 250.0 if step < 0 else 55.0))
+    return tuple(colours)
+
+
 def shade(value: float | None, low: float, high: float) -> int | None:
     """The step of the ramp for a value between ``low`` and ``high``; None for an unknown value."""
     if value is None or not math.isfinite(value):
@@ -103,6 +121,9 @@ def variables(dark: bool = False) -> dict[str, str]:
     for step, colour in enumerate(ramp(dark)):
         found[f"c{step}"] = colour
         found[f"i{step}"] = ink(colour)
+    for step, colour in enumerate(diverging(dark)):
+        found[f"v{step}"] = colour
+        found[f"j{step}"] = ink(colour)
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeprune.report import wording
+from moeprune.report import intervals, wording
 from moeprune.report.scatter import Sample
 
 _DRAWABLE = 1e30  # a perplexity ratio beyond this has no place on an axis
@@ -15,11 +15,18 @@ _DRAWABLE = 1e30  # a perplexity ratio beyond this has no place on an axis
 
 @dataclass(frozen=True)
 class Entry:
-    """One table cell: the number, and beneath it how it compares to the unpruned model."""
+    """One table cell: the number, and beneath it how it compares to the unpruned model.
+
+    Attributes:
+        range: the difference with its interval.
+        note: what that means, in words.
+    """
 
     main: str
     sub: str = ""
     worst: bool = False
+    range: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Row:
     facts: tuple[Entry, ...]
     perplexity: tuple[Entry, ...]
     rest: tuple[Entry, ...]
+    loss: Entry
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Table:
     rows: tuple[Row, ...]
     zeroed: bool
     worst: bool
+    ranges: bool
 
 
 def table(result: Mapping[str, Any]) -> Table:
@@ -56,6 +65,7 @@ def table(result: Mapping[str, Any]) -> Table:
         rows=drawn,
         zeroed=any(_has_zeros(row) for row in rows if row["method"] is not None),
         worst=any(entry.worst for row in drawn for entry in row.perplexity),
+        ranges=any(entry.range for row in drawn for entry in row.perplexity),
     )
 
 
@@ -122,6 +132,7 @@ def _row(
         return wording.percent(known, 0) if pruned and known is not None else ""
 
     agreement = wording.number(row.get("agreement"))
+    ratio = mean_ratio(row, base)
     return Row(
         name=row["name"],
         anchor=f"result-{index}" if pruned else "",
@@ -146,6 +157,7 @@ def _row(
             Entry(wording.seconds(total_seconds(row))),
             Entry(wording.size(row.get("peak_memory_bytes"))),
         ),
+        loss=Entry(wording.times(ratio)),
     )
 
 
@@ -161,6 +173,8 @@ def _perplexities(
             wording.significant(row["perplexity"].get(domain)),
             wording.times(known[domain]) if domain in known else "",
             domain == worst,
+            intervals.interval(intervals.difference(row, domain)),
+            intervals.verdict(row, domain),
         )
         for domain in domains
     )

@@ -53,11 +53,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Everything the template draws; lengths in pixels from the top left."""
+    """Everything the template draws; lengths in pixels from the top left.
+
+    Attributes:
+        front: a path along the models that no other beats.
+    """
 
     points: tuple[Point, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
+    front: str = ""
     width: float = WIDTH
     height: float = HEIGHT
     left: float = LEFT
@@ -86,7 +91,20 @@ def scatter(samples: Sequence[Sample]) -> Scatter | None:
         points=_labelled(samples, marks),
         x_ticks=_linear_ticks(x_low, x_high, to_x),
         y_ticks=_log_ticks(math.exp(y_low), math.exp(y_high), to_y),
+        front=_front(samples, marks),
     )
+
+
+def _front(samples: Sequence[Sample], marks: Sequence[tuple[float, float]]) -> str:
+    """A stepped path along the models that no other beats in both bytes and perplexity."""
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].bytes, samples[i].ratio))
+    path, lowest = "", math.inf
+    for i in order:
+        if samples[i].ratio < lowest:
+            lowest = samples[i].ratio
+            x, y = marks[i]
+            path += f"H{x:.1f}V{y:.1f}" if path else f"M{x:.1f},{y:.1f}"
+    return path if "V" in path else ""
 
 
 def _widen(values: Sequence[float], least: float) -> tuple[float, float]:

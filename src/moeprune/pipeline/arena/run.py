@@ -18,11 +18,12 @@ from moeprune.models.checkpoint import DEMO, Checkpoint
 from moeprune.models.editing import Writing
 from moeprune.models.layout import refuse
 from moeprune.models.loading import LayeredModel
-from moeprune.models.store import versions
+from moeprune.models.store import StatisticsStore, versions
 from moeprune.pipeline.arena import cell as cells
 from moeprune.pipeline.arena.asking import Asked, Calibration, Cell, calibrations, parse_methods
 from moeprune.pipeline.arena.estimate import Clock, spoken
 from moeprune.pipeline.arena.measuring import ORIGINAL, Measuring, said
+from moeprune.pipeline.arena.pages import compare_page
 from moeprune.pipeline.arena.scoring import Scoring, refuse_gram, union
 from moeprune.pipeline.arena.state import (
     CHECKPOINTS,
@@ -33,10 +34,10 @@ from moeprune.pipeline.arena.state import (
     open_run,
     refuse_difference,
 )
+from moeprune.pipeline.atlas import atlas
 from moeprune.pipeline.inputs import Compute, Progress, Source, Text, silent
 from moeprune.pipeline.inputs import read_heldout as heldout_text
 from moeprune.pipeline.inspection import inspect
-from moeprune.report.arena import render
 
 RATIOS = (0.25, 0.5, 0.75)
 _DEMO_TEXT, _TEXT = Text(sequences=120, length=512), Text()
@@ -321,11 +322,21 @@ class _Arena:
         estimate = f", about {spoken(left)} left" if rest and left else ""
         self.say(f"{total - len(rest)} of {total} cells, {spoken(spent)} so far{estimate}")
 
+    def _describe_experts(self) -> None:
+        """What the experts served, on the first calibration text that was walked."""
+        for calibration in self.asked.calibrations:
+            folder = self.run.path / STATISTICS / calibration.name
+            if folder.is_dir() and "atlas" not in self.run.facts:
+                store = StatisticsStore.open(folder)
+                tokenizer = data.load_tokenizer(self.model.checkpoint)
+                self.run.facts["atlas"] = atlas(store, tokenizer)
+
     def _finish(self, before: float) -> None:
         run = self.run
         run.facts["seconds"] = round(before + time.perf_counter() - self.began, 2)
+        self._describe_experts()
         run.save()
-        page, picture = render(run.result())
+        page, picture = compare_page(run.path, run.result())
         files = {run.path / PAGE: page.encode()}
         if picture:
             files[run.path / PICTURE] = picture.encode()

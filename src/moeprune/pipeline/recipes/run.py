@@ -15,6 +15,7 @@ from moeprune.pipeline.cards import write_measured
 from moeprune.pipeline.evaluating import evaluate
 from moeprune.pipeline.inputs import Progress, Source, model_name, read_heldout, silent
 from moeprune.pipeline.recipes.schema import Loaded, load_recipe
+from moeprune.pipeline.reporting import Witness
 from moeprune.pipeline.steps import StepDone, Steps
 
 RESULT_FORMAT = "moeprune.recipe-run/1"
@@ -27,6 +28,7 @@ def run(
     keep: Source | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
+    command: str = "",
 ) -> dict[str, Any]:
     """Do what a recipe says.
 
@@ -37,6 +39,7 @@ def run(
         keep: a new directory for the checkpoints between the steps, which are deleted otherwise.
         trust_remote_code: run Python files that the model brings.
         progress: as in the stages.
+        command: what was run; with it the checkpoint also gets a report.
 
     Returns:
         ``moeprune.recipe-run/1``: the steps with their plans' hashes, and the measurements.
@@ -50,6 +53,7 @@ def run(
     compute = loaded.compute()
     if trust_remote_code:
         compute = type(compute)(**{**asdict(compute), "trust_remote_code": True})
+    witness = Witness(loaded.model(), compute, command) if command else None
     steps = Steps(
         loaded.model(),
         loaded.steps(),
@@ -61,6 +65,7 @@ def run(
         progress,
         force,
         None if keep is None else Path(keep),
+        None if witness is None else witness.observe,
     )
     heldout = loaded.heldout()
     if heldout is not None:  # a missing file shows before hours of work
@@ -71,6 +76,8 @@ def run(
     if heldout is not None:
         measured = evaluate(target, loaded.model(), heldout, compute, progress)
         write_measured(target, measured)
+    if witness is not None:
+        witness.write(target, done, measured)
     return {
         "format": RESULT_FORMAT,
         "recipe": {"file": loaded.path.name, "sha256": sha256_file(loaded.path)},

@@ -1,0 +1,194 @@
+"""``moeprune report``: the page of whatever a folder holds of a run, finished or not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moeprune.core.accumulators import Routing
+from moeprune.errors import MoepruneError
+from moeprune.files import json_bytes, load_json, write_together
+from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.data import load_tokenizer
+from moeprune.models.store import StatisticsStore
+from moeprune.models.surgery import REPORT_FILES
+from moeprune.pipeline import facts
+from moeprune.pipeline.arena.pages import compare_page
+from moeprune.pipeline.arena.state import FORMAT as COMPARE
+from moeprune.pipeline.arena.state import PAGE as COMPARE_PAGE
+from moeprune.pipeline.arena.state import RESULT as COMPARE_RESULT
+from moeprune.pipeline.atlas import atlas
+from moeprune.pipeline.gathering import gather
+from moeprune.pipeline.inputs import Compute, Source
+from moeprune.pipeline.steps import StepDone
+from moeprune.report.html import render_report
+from moeprune.report.reading import FORMAT
+
+PAGE, RUN = REPORT_FILES
+_RESULTS = (RUN, "demo.json")
+UNMEASURED = (
+    "what was lost was not measured: moeprune evaluate CHECKPOINT --teacher MODEL --data HELD-OUT"
+)
+_MAX = 1 << 28
+_FINISHED = ("done", "refused", "failed", "same")
+
+
+@dataclass(frozen=True)
+class Reported:
+    """Where the page stands, and what could not be shown because the run does not hold it."""
+
+    path: Path
+    missing: tuple[str, ...]
+
+
+def report(source: Source, out: Source | None = None, force: bool = False) -> Reported:
+    """Draw the report of a run's folder.
+
+    Args:
+        source: what ``demo``, ``prune``, ``compare`` or ``run`` wrote, or a folder with plans,
+            statistics, checkpoints and evaluations (``evaluate --json``) in it.
+        out: the page; by default ``report.html`` in the folder, or a comparison's own page.
+        force: replace an existing page.
+
+    Raises:
+        MoepruneError: the folder holds nothing of a run, or a file of it is damaged.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise MoepruneError(
+            f"no such folder: {folder}", "give what demo, prune, compare or run wrote"
+        )
+    page, missing, name = _drawn(folder)
+    path = folder / name if out is None else Path(out)
+    write_together({path: page.encode()}, force)
+    return Reported(path, tuple(missing))
+
+
+def _drawn(folder: Path) -> tuple[str, list[str], str]:
+    """The page, what is missing, and the name that it has by default."""
+    if (folder / COMPARE_RESULT).is_file():
+        result = _read(folder / COMPARE_RESULT, COMPARE)
+        missing = _unfinished(result)
+        if result.get("original") is None:
+            raise MoepruneError(
+                f"{folder} has measured nothing yet", "run the same moeprune compare again"
+            )
+        return compare_page(folder, result)[0], missing, COMPARE_PAGE
+    for name in _RESULTS:
+        if (folder / name).is_file():
+            return render_report(_read(folder / name, FORMAT)), [], PAGE
+    result, missing = gather(folder)
+    return render_report(result), missing, PAGE
+
+
+def _read(file: Path, form: str) -> dict[str, Any]:
+    try:
+        data = load_json(file, _MAX)
+    except ValueError as error:
+        raise MoepruneError(f"{file} is damaged: {error}", "make the run again") from error
+    if not isinstance(data, dict) or data.get("format") != form:
+        raise MoepruneError(f"{file} is not of format {form}", "make the run again")
+    return data
+
+
+def _unfinished(result: Mapping[str, Any]) -> list[str]:
+    """What a comparison was asked for and has not done."""
+    cells = result.get("cells") or {}
+    open_cells = [
+        key
+        for key in result.get("order") or ()
+        if cells.get(key, {}).get("status") not in _FINISHED
+    ]
+    if not open_cells:
+        return []
+    total = len(result["order"])
+    return [
+        f"{len(open_cells)} of {total} cells are not finished, the first is {open_cells[0]}: run "
+        "the same command again"
+    ]
+
+
+@dataclass
+class Witness:
+    """Keeps of a run what its report shows, and writes the report into the new checkpoint.
+
+    Attributes:
+        source: the original.
+        compute: as in the stages.
+        command: what was run.
+    """
+
+    source: Source
+    compute: Compute
+    command: str
+    _began: float = field(default_factory=time.perf_counter)
+    _observed: dict[str, Any] = field(default_factory=dict)
+
+    def observe(self, statistics: Path) -> None:
+        """Take what is to be known of the original's statistics; they may be deleted then."""
+        store = StatisticsStore.open(statistics)
+        if Routing.name not in store.manifest["collect"]:
+            return
+        checkpoint = Checkpoint.open(self.source, self.compute.trust_remote_code)
+        self._observed = {
+            "calibration": {**facts.calibration(store), "seconds": None},
+            "usage": facts.usage(store),
+            "atlas": atlas(store, load_tokenizer(checkpoint)),
+        }
+
+    def write(
+        self, out: Path, steps: Sequence[StepDone], measured: Mapping[str, Any] | None = None
+    ) -> None:
+        """Put the result and its page into the checkpoint ``out``, which the last step wrote.
+
+        ``measured`` is the evaluation against the original, if there was one.
+        """
+        base, first, last = dict(steps[0].plan.model), steps[0], steps[-1]
+        base |= {"parameters": first.sizes.parameters[0], "bytes": first.sizes.bytes[0]}
+        original = {
+            "name": "original", "method": None, "experts": first.sizes.experts[0],
+            "experts_before": first.sizes.experts[0], "parameters": base["parameters"],
+            "nonzero_parameters": first.sizes.nonzero[0], "bytes": base["bytes"],
+            "perplexity": {}, "seconds": {},
+        }  # fmt: skip
+        result = {
+            "format": FORMAT,
+            "command": self.command,
+            "model": base,
+            **self._observed,
+            "rows": [original, _row(out, steps) | facts.measured(measured)],
+            "warnings": [] if measured else [UNMEASURED],
+            "versions": dict(last.plan.versions),
+            "seconds": round(time.perf_counter() - self._began, 2),
+        }
+        page = render_report(result).encode()
+        write_together({out / RUN: json_bytes(result), out / PAGE: page}, True)
+
+
+def _row(out: Path, steps: Sequence[StepDone]) -> dict[str, Any]:
+    """The new checkpoint; its plan is the first step's, because the atlas is of the original."""
+    first, last = steps[0], steps[-1]
+    seconds: dict[str, float] = {}
+    for step in steps:
+        for name, value in step.seconds.items():
+            seconds[name] = round(seconds.get(name, 0.0) + value, 2)
+    return {
+        "name": out.resolve().name,
+        "method": " + ".join(step.plan.method for step in steps),
+        "budget": dict(last.plan.budget),
+        "options": dict(last.plan.options),
+        "seed": last.plan.seed,
+        "experts": last.sizes.experts[1],
+        "experts_before": first.sizes.experts[0],
+        "parameters": last.sizes.parameters[1],
+        "nonzero_parameters": last.sizes.nonzero[1],
+        "bytes": last.sizes.bytes[1],
+        "perplexity": {},
+        "seconds": seconds,
+        "path": str(out),
+        "warnings": [text for step in steps for text in step.plan.warnings],
+        "plan": facts.plan_facts(first.plan),
+    }
