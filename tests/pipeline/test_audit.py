@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,20 @@ from moeprune import Budget, Compute, Text, apply, calibrate, plan
 from moeprune.core.layer_plan import LayerPlan
 from moeprune.errors import DataError
 from moeprune.models.checkpoint import Checkpoint, demo_path
+from moeprune.pipeline import audit_layers
 from moeprune.pipeline.auditing import Trial, audit
 from moeprune.pipeline.inputs import read_calibration
 
 FLOAT32 = Compute(dtype="float32", workers=1)
 LENGTH = 32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewer_pairs() -> Iterator[None]:
+    """Of experts whose weights are compared: every pair costs milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit_layers, "COMPARED", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +79,7 @@ def test_measures_what_a_cut_does(
         rise = float((teacher.gather(-1, target) - student.gather(-1, target)).mean())
         assert kl > 0.001
         assert cell["kl"]["value"] == pytest.approx(kl, rel=1e-3)
-        assert cell["loss"]["value"] == pytest.approx(rise, rel=1e-3)
+        assert cell["loss"]["value"] == pytest.approx(rise, abs=1e-4)
 
 
 def test_given_statistics(given: dict[str, Any], stats: Path) -> None:
@@ -110,6 +120,6 @@ def test_one_pass(text: Text) -> None:
     assert found["advice"]["advised"] == "experts" and not found["usage"]["balanced"]
 
 
-def test_too_little_text(english: Path) -> None:
+def test_too_little_text(german: Path) -> None:
     with pytest.raises(DataError, match="at least two sequences"):
-        audit("demo", Text((str(english),), 1, 512), trial=Trial(held=1), compute=FLOAT32)
+        audit("demo", Text((str(german),), 1, 512), trial=Trial(held=1), compute=FLOAT32)
