@@ -123,6 +123,8 @@ def test_rows_are_what_the_stages_give(
         again = measured["groups"]["all"]
         assert row["perplexity"] == again["perplexity"] and row["kl"] == again["kl"]
         assert row["agreement"] == again["agreement"]
+        assert row["against"] == {name: again["against"][name] for name in row["against"]}
+        assert {"loss", "kl"} <= row["against"].keys()
         assert (row["bytes"], row["nonzero_parameters"]) == (sizes.bytes[1], sizes.nonzero[1])
     own = evaluate("demo", None, texts["heldout"], compute)["groups"]["all"]
     assert result["original"]["perplexity"] == own["perplexity"]
@@ -162,7 +164,7 @@ def test_the_same_again_computes_nothing(
         raise AssertionError("computed again")
 
     monkeypatch.setattr(arena_cell, "make_plan", never)
-    monkeypatch.setattr("moeprune.pipeline.arena.measuring.evaluate_models", never)
+    monkeypatch.setattr("moeprune.pipeline.arena.measuring.measure_models", never)
     again = compare("demo", out, Grid("mone,moeits", (Budget(ratio=0.5),)), **texts)
     assert again["cells"] == result["cells"] and tree(out / "plans") == before
     assert len(again["order"]) == 2

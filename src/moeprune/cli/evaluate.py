@@ -32,13 +32,16 @@ def evaluate(
     data: Data = None,
     sequences: Annotated[int, typer.Option(help="Windows per domain; 0 takes all.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    smallest: Annotated[
+        float, typer.Option(help="The difference of loss that matters, nats per token.")
+    ] = 0.02,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure held-out perplexity per domain and, against a teacher, KL and agreement.
+    """Measure held-out perplexity per domain and, against a teacher, what was lost.
 
     Example: `moeprune evaluate smaller --teacher demo`
     """
@@ -53,6 +56,7 @@ def evaluate(
             parse_compute(dtype, device, workers, trust_remote_code),
             progress,
             sections,
+            smallest,
         )
     if as_json:
         output.print_json(result)
@@ -61,15 +65,43 @@ def evaluate(
 
 
 def _print_text(result: dict[str, Any]) -> None:
-    names = ("tokens", "perplexity", "bits_per_byte", "kl", "agreement")
-    rows = [
-        {
-            "domain": domain,
-            **{name: "–" if score[name] is None else f"{score[name]:.4g}" for name in names},
-        }
-        for domain, score in result["domains"].items()
-    ]
+    """A table of domains and groups, then what the differences mean."""
+    parts = {**result["domains"], **{f"= {name}": x for name, x in result["groups"].items()}}
+    rows = [{"domain": name, **_cells(score)} for name, score in parts.items()]
     output.print_rows(f"{result['model']} ({result['dtype']})", rows)
-    total = result["groups"]["all"]
-    if total["kl"] is not None:
-        output.OUT.print(f"all: KL {total['kl']:.4f}, agreement {total['agreement']:.1%}")
+    if result["teacher"] is None:
+        return
+    output.OUT.print(f"Against {result['teacher']}, loss in nats per token:", markup=False)
+    for name, score in parts.items():
+        output.OUT.print(f"  {name}: {score['against']['verdict']}", markup=False, soft_wrap=True)
+    for sentence in result["findings"]:
+        output.OUT.print(f"Found: {sentence}.", markup=False, soft_wrap=True)
+
+
+def _cells(score: dict[str, Any]) -> dict[str, str]:
+    seen = {True: "yes", False: "no", None: "–"}[score["seen"]]
+    cells = {
+        "seen": seen,
+        "tokens": str(score["tokens"]),
+        "perplexity": _text(score["perplexity"]),
+        "bits/byte": _text(score["bits_per_byte"], ".3f"),
+    }
+    against = score.get("against")
+    if against is None:
+        return cells
+    return {
+        **cells,
+        "loss +": _with_ends(against["loss"], "+.3f"),
+        "KL": _with_ends(against["kl"], ".3f"),
+        "agree": _with_ends(against["agreement"], ".1%"),
+        "top 5": _text(score["agreement_top5"], ".1%"),
+    }
+
+
+def _with_ends(interval: dict[str, Any], form: str) -> str:
+    value, low, high = (_text(interval[key], form) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _text(value: float | None, form: str = ".4g") -> str:
+    return "–" if value is None else format(value, form)

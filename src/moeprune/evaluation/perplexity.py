@@ -192,11 +192,23 @@ def evaluate(
     return results
 
 
+def refuse_other_vocabulary(models: Mapping[str, LayeredModel]) -> int:
+    """The vocabulary that all models share.
+
+    Raises:
+        DataError: they do not.
+    """
+    found: set[int] = {text_config(model.config).vocab_size for model in models.values()}
+    if len(found) > 1:
+        raise DataError(
+            f"teacher and student have different vocabularies: {sorted(found)}",
+            "give --teacher the model that this one was made from",
+        )
+    return found.pop()
+
+
 def _rows(models: Mapping[str, LayeredModel], domain: Domain) -> int:
-    vocabularies: set[int] = {text_config(model.config).vocab_size for model in models.values()}
-    if len(vocabularies) > 1:
-        raise DataError(f"teacher and student have different vocabularies: {sorted(vocabularies)}")
-    return window_rows(vocabularies.pop(), domain.ids_NL.shape[1])
+    return window_rows(refuse_other_vocabulary(models), domain.ids_NL.shape[1])
 
 
 def window_rows(vocabulary: int, length: int) -> int:

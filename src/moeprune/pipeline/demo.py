@@ -12,13 +12,14 @@ from moeprune.core.accumulators import LIGHT, Routing
 from moeprune.core.budget import Budget
 from moeprune.core.plan import Plan
 from moeprune.evaluation.perplexity import Evaluation
-from moeprune.evaluation.perplexity import evaluate as evaluate_models
+from moeprune.evaluation.summary import against
 from moeprune.files import json_bytes, new_directory, refuse_existing
 from moeprune.models.checkpoint import DEMO, Checkpoint
 from moeprune.models.editing import Sizes
 from moeprune.models.loading import LayeredModel
 from moeprune.models.store import StatisticsStore, versions, write_plan
 from moeprune.pipeline import stages
+from moeprune.pipeline.evaluating import measure
 from moeprune.pipeline.inputs import Compute, Progress, Text, read_heldout, silent
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
 from moeprune.report.html import render_report
@@ -94,7 +95,7 @@ def demo(
                 "seconds": round(calibrated, 2),
             },
             "usage": _usage(store),
-            "rows": [_row(name, one, scores[name], out) for name, one in done.items()],
+            "rows": [_row(name, one, scores, out) for name, one in done.items()],
             "warnings": [],
             "versions": versions(),
             "seconds": round(time.perf_counter() - begin, 2),
@@ -144,13 +145,8 @@ def _measure(
         name: compute.open(Checkpoint.open(DEMO if name == _ORIGINAL else work / name))
         for name in done
     }
-    scores = evaluate_models(
-        models,
-        read_heldout(Checkpoint.open(DEMO), heldout),
-        _ORIGINAL,
-        compute.workers,
-        lambda steps, total: progress("evaluating", steps, total),
-    )
+    domains = read_heldout(Checkpoint.open(DEMO), heldout)
+    scores = measure(models, domains, _ORIGINAL, compute, progress)
     for name, evaluation in scores.items():
         done[name].seconds["evaluate"] = evaluation.seconds
     return scores
@@ -171,7 +167,8 @@ def _usage(store: StatisticsStore) -> dict[str, list[float]]:
     return found
 
 
-def _row(name: str, done: _Done, evaluation: Evaluation, out: Path) -> dict[str, Any]:
+def _row(name: str, done: _Done, scores: Mapping[str, Evaluation], out: Path) -> dict[str, Any]:
+    evaluation = scores[name]
     total = evaluation.total().to_json()
     plan = done.plan
     return {
@@ -190,6 +187,7 @@ def _row(name: str, done: _Done, evaluation: Evaluation, out: Path) -> dict[str,
         "loss": total["loss"],
         "kl": total["kl"],
         "agreement": total["agreement"],
+        **({"against": against(evaluation, scores[_ORIGINAL])} if name != _ORIGINAL else {}),
         "seconds": {key: round(value, 3) for key, value in done.seconds.items()},
         "peak_memory_bytes": done.peak,
         "path": None if plan is None else str(out / name),
