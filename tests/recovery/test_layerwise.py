@@ -92,7 +92,7 @@ def test_families(text: Text, tmp_path: Path, family: str) -> None:
     big = with_tokenizer(save_tiny(family, tmp_path / "big", vocab_size=6144))
     student = prune(big, "masked", tmp_path / "student")
     before = tree(student)
-    made = recover(student, big, tmp_path / "healed", quick(steps=4), text)
+    made = recover(student, big, tmp_path / "healed", quick(learning_rate=1e-3), text)
     assert sum(layer["after"] < layer["before"] for layer in made.layers) >= len(made.layers) - 1
     assert not [f for f in verify(tmp_path / "healed").findings if f.severity == "error"]
     assert tree(student) == before

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from moeprune.cli import output
-from moeprune.cli.options import AsJson, Data, Device, Force, Length, Model, Seed, Trust, parse_text
+from moeprune.cli.options import (
+    AsJson,
+    Data,
+    Device,
+    Force,
+    Length,
+    Mix,
+    Model,
+    Seed,
+    Trust,
+    parse_text,
+)
 
 if TYPE_CHECKING:
     from moeprune.pipeline.recovery import Recovered, Status
@@ -73,6 +84,7 @@ def recover(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     data: Data = None,
+    mix: Mix = None,
     sequences: Annotated[int, typer.Option(help="Sequences in all.")] = 600,
     length: Length = 512,
     seed: Seed = 0,
@@ -110,7 +122,7 @@ def recover(
             teacher,
             out,
             chosen,
-            parse_text(data, sequences, length, seed),
+            parse_text(data, sequences, length, seed, mix),
             Compute(device, "float32", 0, trust_remote_code),
             resume,
             force,

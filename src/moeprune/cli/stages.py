@@ -19,6 +19,7 @@ from moeprune.cli.options import (
     Keep,
     Length,
     Method,
+    Mix,
     Model,
     Mtp,
     MultipleOf,
@@ -49,6 +50,7 @@ def calibrate(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory for the statistics.")],
     data: Data = None,
+    mix: Mix = None,
     sequences: Sequences = 128,
     length: Length = 2048,
     collect: Annotated[
@@ -77,7 +79,7 @@ def calibrate(
         store = stages.calibrate(
             model,
             out,
-            parse_text(data, sequences, length, seed),
+            parse_text(data, sequences, length, seed, mix),
             names,
             parse_compute(dtype, device, workers, trust_remote_code),
             force,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from moeprune.pipeline.recovery import (
     _student,
     _teacher,
 )
+from moeprune.pipeline.teacher_samples import with_samples
 from moeprune.recovery.layerwise.healer import Healer
 from moeprune.recovery.layerwise.processes import Work, in_processes, share
 from moeprune.recovery.layerwise.state import LayerFolder, Overlaid, Result
@@ -67,6 +69,9 @@ def recover_layers(
     if master is None:
         raise MoepruneError("layers learn from those of a teacher", "give --teacher MODEL")
     check_teacher(student, master, same_layers=True)
+    told_dtype = replace(compute, dtype=made.dtype)
+    text = with_samples(text, student, master, folder, told_dtype, state.is_main_process, progress)
+    state.wait_for_everyone()
     domains = read_calibration(student, text)
     facts = data.describe(domains)
     header = {
@@ -78,12 +83,13 @@ def recover_layers(
     if resume:
         _refuse_other_run(folder, header)
     elif state.is_main_process:
-        folder.delete()
+        folder.clear()
     state.wait_for_everyone()
     device = state.device if compute.device == "cpu" else torch.device(compute.device)
     train, held = split(domains, made.holdout)
     work = Work(student, master, made, folder, device, train, held)
-    layers = Healer(student, master, made, folder, device).layers  # refuses before anything is kept
+    healer = Healer(student, master, made, folder, device)  # refuses before anything is kept
+    layers = healer.layers
     if state.is_main_process:
         folder.begin(header)
     wanted = [layer for layer in layers if layer not in folder.done()]
@@ -93,7 +99,8 @@ def recover_layers(
     if processes > 1:
         in_processes(work, wanted, processes, told)
     else:
-        work.do(share(wanted, state.process_index, state.num_processes), told)
+        healer.tell = told
+        healer.run(train, held, share(wanted, state.process_index, state.num_processes))
     state.wait_for_everyone()
     result = _result(folder, layers, out, made, time.perf_counter() - began)
     if state.is_main_process:
@@ -107,7 +114,8 @@ def recover_layers(
             **{key: value for key, value in result.to_json().items() if key != "path"},
             "versions": versions(),
         }
-        _write(student, folder, layers, out, record, about, force, progress)
+        with folder.writing():
+            _write(student, folder, layers, out, record, about, force, progress)
         folder.delete()
     state.wait_for_everyone()
     return result

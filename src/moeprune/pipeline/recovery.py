@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from moeprune.pipeline.inputs import (
     refuse_source,
 )
 from moeprune.pipeline.inputs import silent as quiet
+from moeprune.pipeline.teacher_samples import with_samples
 from moeprune.recovery.pairing import check_teacher, made_from, provenance
 from moeprune.recovery.session import Session
 from moeprune.recovery.state import StateFolder
@@ -141,6 +142,10 @@ def recover(
     student = _student(source, out, compute)
     record = provenance(student)
     master = _teacher(student, teacher, out, made, compute)
+    writes = accelerator.is_main_process
+    told_dtype = replace(compute, dtype=made.dtype)
+    text = with_samples(text, student, master, folder, told_dtype, writes, progress)
+    accelerator.wait_for_everyone()
     domains = read_calibration(student, text)
     facts = data.describe(domains)
     header = {
@@ -152,7 +157,7 @@ def recover(
     if resume:
         _refuse_other_run(folder, header)
     elif accelerator.is_main_process:
-        folder.delete()
+        folder.clear()
     accelerator.wait_for_everyone()
     with ExitStack() as stack:
         device = accelerator.device if compute.device == "cpu" else torch.device(compute.device)
@@ -169,7 +174,8 @@ def recover(
                 **{key: value for key, value in result.to_json().items() if key != "path"},
                 "versions": versions(),
             }
-            _write(session, out, record, told, folder, force, progress)
+            with folder.writing():
+                _write(session, out, record, told, folder, force, progress)
             folder.delete()
         accelerator.wait_for_everyone()
     return result

@@ -148,7 +148,7 @@ TRAININGS: dict[str, Training] = {
 }
 """The defaults of every way to recover."""
 
-RATES = {"expert-kd": 0.12, "router-kd": 0.2, "logit-kd": 0.1, "lora": 0.2, "full": 0.05}
+RATES = {"expert-kd": 0.12, "router-kd": 0.6, "logit-kd": 0.1, "lora": 0.2, "full": 0.05}
 """Learning rate times width of the model, where none is given."""
 
 PRESETS: dict[str, dict[str, Any]] = {
