@@ -46,7 +46,20 @@ def recover(
         _Text,
         typer.Option(help="Groups that train: experts, novices, routers, embeddings, rest."),
     ] = None,
-    target: Annotated[_Text, typer.Option(help="expert-kd: local or stream.")] = None,
+    target: Annotated[
+        _Text,
+        typer.Option(
+            help="expert-kd: local or stream; layer by layer: student-inputs, dense-inputs or "
+            "dense-outputs."
+        ),
+    ] = None,
+    layerwise: Annotated[
+        bool, typer.Option("--layerwise", help="One layer after another; never holds the model.")
+    ] = False,
+    objective: Annotated[_Text, typer.Option(help="layer by layer: block or router.")] = None,
+    processes: Annotated[
+        int, typer.Option(help="layer by layer with dense-inputs: share the layers.")
+    ] = 1,
     rescale: Annotated[
         bool, typer.Option("--rescale", help="expert-kd: lambda anew at every step.")
     ] = False,
@@ -94,7 +107,8 @@ def recover(
 
     options: dict[str, Any] = {
         "train": None if train is None else tuple(part.strip() for part in train.split(",")),
-        "target": target, "rescale": rescale, "ce_weight": ce_weight, "kl_weight": kl_weight,
+        "target": target, "layerwise": layerwise, "objective": objective,
+        "rescale": rescale, "ce_weight": ce_weight, "kl_weight": kl_weight,
         "steps": steps, "batch": batch, "accumulate": accumulate, "learning_rate": learning_rate,
         "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "rank": rank,
         "adapter": adapter, "evaluate_every": evaluate_every, "save_every": save_every,
@@ -114,6 +128,7 @@ def recover(
             force,
             _listener(progress),
             progress,
+            processes,
         )
     output.tell_default_text(student, data)
     if as_json:
@@ -137,7 +152,8 @@ def _print(result: Recovered) -> None:
     if result.held is not None:
         before, after = result.held
         facts[f"held-out {result.measure}"] = f"{before:.4f} -> {after:.4f}"
-        facts["weights of step"] = result.best_step
+        if not result.layers:
+            facts["weights of step"] = result.best_step
     for group, (changed, total) in result.changed.items():
         norm = result.gradients.get(group)
         gradient = "" if norm is None else f", first gradient {norm:.3g}"

@@ -143,7 +143,7 @@ class Lockstep:
 
     def run(
         self,
-        collect: Callable[[int], Collector] | None = None,
+        collect: Callable[[int], Collector | None] | None = None,
         finished: Callable[[Job], None] = lambda job: None,
         window: int = 0,
     ) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,16 @@ LOG_COPY = "moeprune_recovery.jsonl"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+
+
+class Writable(Protocol):
+    """A checkpoint, and the tensors of what is to be written in its place."""
+
+    checkpoint: Checkpoint
+
+    def pieces(self) -> list[Piece]:
+        """All tensors."""
+        ...
 
 
 class Places:
@@ -64,6 +74,10 @@ class Places:
             for key, info in self.checkpoint.tensors.items()
         ]
 
+    def own_pieces(self) -> list[Piece]:
+        """The tensors of the parameters that will change."""
+        return [self._piece(key) for key in self._owner]
+
     def changed(self, pieces: Iterable[Piece], groups: Mapping[str, str]) -> dict[str, list[int]]:
         """Tensors whose bytes changed, and tensors in all, by group of parameters."""
         found: dict[str, list[int]] = {}
@@ -92,7 +106,7 @@ class Places:
 
 
 def write_recovered(
-    places: Places,
+    places: Writable,
     out: Path,
     record: Mapping[str, Any],
     log: Path | None,
