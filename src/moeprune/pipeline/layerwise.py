@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,13 @@ import torch
 from accelerate import PartialState
 
 from moeprune.errors import MoepruneError
-from moeprune.models import data
-from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.store import versions
-from moeprune.pipeline.inputs import Compute, Progress, Source, Text, model_name, read_calibration
-from moeprune.pipeline.recovery import (
-    Listen,
-    Recovered,
-    Status,
-    _refuse_other_run,
-    _refuse_output,
-    _student,
-    _teacher,
-)
-from moeprune.pipeline.teacher_samples import with_samples
+from moeprune.pipeline.inputs import Compute, Progress, Source, Text
+from moeprune.pipeline.recovery import Listen, Recovered, Status
+from moeprune.pipeline.recovery_opening import Opened, open_run
 from moeprune.recovery.layerwise.healer import Healer
 from moeprune.recovery.layerwise.processes import Work, in_processes, share
 from moeprune.recovery.layerwise.state import LayerFolder, Overlaid, Result
 from moeprune.recovery.order import split
-from moeprune.recovery.pairing import check_teacher, provenance
 from moeprune.recovery.training import Training
 from moeprune.recovery.writing import write_recovered
 
@@ -62,36 +49,18 @@ def recover_layers(
     state = PartialState(cpu=compute.device == "cpu", timeout=_LONGEST)
     _refuse_processes(made, processes, state.num_processes)
     folder = LayerFolder(out)
-    _refuse_output(out, folder, resume, force)
-    student = _student(source, out, compute)
-    record = provenance(student)
-    master = _teacher(student, teacher, out, made, compute)
-    if master is None:
-        raise MoepruneError("layers learn from those of a teacher", "give --teacher MODEL")
-    check_teacher(student, master, same_layers=True)
-    told_dtype = replace(compute, dtype=made.dtype)
-    text = with_samples(text, student, master, folder, told_dtype, state.is_main_process, progress)
-    state.wait_for_everyone()
-    domains = read_calibration(student, text)
-    facts = data.describe(domains)
-    header = {
-        "student": student.fingerprint,
-        "teacher": master.fingerprint,
-        "data": facts["hash"],
-        "training": made.to_json(),
-    }
-    if resume:
-        _refuse_other_run(folder, header)
-    elif state.is_main_process:
-        folder.clear()
-    state.wait_for_everyone()
+    run = open_run(
+        source, teacher, out, made, text, compute, folder, resume, force, state, progress
+    )
+    student, master = run.student, run.master
+    assert master is not None, "all that train layer by layer learn from a teacher"
     device = state.device if compute.device == "cpu" else torch.device(compute.device)
-    train, held = split(domains, made.holdout)
+    train, held = split(run.domains, made.holdout)
     work = Work(student, master, made, folder, device, train, held)
     healer = Healer(student, master, made, folder, device)  # refuses before anything is kept
     layers = healer.layers
     if state.is_main_process:
-        folder.begin(header)
+        folder.begin(run.header)
     wanted = [layer for layer in layers if layer not in folder.done()]
     state.wait_for_everyone()  # all have looked before the first layer is done
     told = _Told(layers, wanted, made.steps, listen)
@@ -105,17 +74,8 @@ def recover_layers(
     result = _result(folder, layers, out, made, time.perf_counter() - began)
     if state.is_main_process:
         folder.write_log()
-        about = {
-            "how": made.how,
-            "teacher": None if teacher is None else model_name(teacher),
-            "teacher_fingerprint": master.fingerprint,
-            "data": {**facts, "seed": text.seed},
-            "options": made.to_json(),
-            **{key: value for key, value in result.to_json().items() if key != "path"},
-            "versions": versions(),
-        }
         with folder.writing():
-            _write(student, folder, layers, out, record, about, force, progress)
+            _write(run, folder, layers, result, force, progress)
         folder.delete()
     state.wait_for_everyone()
     return result
@@ -193,22 +153,19 @@ def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def _write(
-    student: Checkpoint,
+    run: Opened,
     folder: LayerFolder,
     layers: Sequence[int],
-    out: Path,
-    record: Mapping[str, Any],
-    about: Mapping[str, Any],
+    result: Recovered,
     force: bool,
     progress: Progress,
 ) -> None:
-    healed = Overlaid(student.path, student.trust_remote_code)
+    healed = Overlaid(run.student.path, run.student.trust_remote_code)
     for layer in layers:
         healed.put(folder.tensors(layer))
-    earlier = record.get("recovered")
-    steps = [*(earlier if isinstance(earlier, list) else []), about]
 
     def tell(done: int, total: int) -> None:
         progress("writing", done, total)
 
-    write_recovered(Result(healed), out, {**record, "recovered": steps}, folder.log, force, tell)
+    record = run.new_record(run.about(result.to_json()))
+    write_recovered(Result(healed), result.path, record, folder.log, force, tell)
