@@ -14,6 +14,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from moeprune.pipeline.inputs import Text
 from recovering import prune, with_tokenizer
 
+
 def build(path: Path, layers: int) -> Path:
     """A random OLMoE of 3 MB a layer."""
     config = OlmoeConfig(

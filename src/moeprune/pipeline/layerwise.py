@@ -66,7 +66,7 @@ def recover_layers(
     student = _student(source, out, compute)
     record = provenance(student)
     master = _teacher(student, teacher, out, made, compute)
-    if master is None:
+    if master is None or teacher is None:
         raise MoepruneError("layers learn from those of a teacher", "give --teacher MODEL")
     check_teacher(student, master, same_layers=True)
     told_dtype = replace(compute, dtype=made.dtype)
@@ -89,36 +89,43 @@ def recover_layers(
     train, held = split(domains, made.holdout)
     work = Work(student, master, made, folder, device, train, held)
     healer = Healer(student, master, made, folder, device)  # refuses before anything is kept
-    layers = healer.layers
     if state.is_main_process:
         folder.begin(header)
-    wanted = [layer for layer in layers if layer not in folder.done()]
-    state.wait_for_everyone()  # all have looked before the first layer is done
-    told = _Told(layers, wanted, made.steps, listen)
     began = time.perf_counter()
-    if processes > 1:
-        in_processes(work, wanted, processes, told)
-    else:
-        healer.tell = told
-        healer.run(train, held, share(wanted, state.process_index, state.num_processes))
+    _heal(healer, work, state, processes, listen)
     state.wait_for_everyone()
-    result = _result(folder, layers, out, made, time.perf_counter() - began)
+    result = _result(folder, healer.layers, out, made, time.perf_counter() - began)
     if state.is_main_process:
         folder.write_log()
         about = {
-            "how": made.how,
-            "teacher": None if teacher is None else model_name(teacher),
+            "teacher": model_name(teacher),
             "teacher_fingerprint": master.fingerprint,
             "data": {**facts, "seed": text.seed},
-            "options": made.to_json(),
-            **{key: value for key, value in result.to_json().items() if key != "path"},
-            "versions": versions(),
+            **_about(made, result),
         }
         with folder.writing():
-            _write(student, folder, layers, out, record, about, force, progress)
+            _write(student, folder, result, record, about, force, progress)
         folder.delete()
     state.wait_for_everyone()
     return result
+
+
+def _heal(healer: Healer, work: Work, state: PartialState, processes: int, listen: Listen) -> None:
+    """Heal what is not done yet: here, in processes of our own, or in those that were launched."""
+    done = work.folder.done()
+    wanted = [layer for layer in healer.layers if layer not in done]
+    state.wait_for_everyone()  # all have looked before the first layer is done
+    healer.tell = _Told(healer.layers, wanted, work.made.steps, listen)
+    if processes > 1:
+        in_processes(work, wanted, processes, healer.tell)
+    else:
+        mine = share(wanted, state.process_index, state.num_processes)
+        healer.run(work.train, work.held, mine)
+
+
+def _about(made: Training, result: Recovered) -> dict[str, Any]:
+    found = {key: value for key, value in result.to_json().items() if key != "path"}
+    return {"how": made.how, "options": made.to_json(), **found, "versions": versions()}
 
 
 class _Told:
@@ -195,20 +202,21 @@ def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
 def _write(
     student: Checkpoint,
     folder: LayerFolder,
-    layers: Sequence[int],
-    out: Path,
+    result: Recovered,
     record: Mapping[str, Any],
     about: Mapping[str, Any],
     force: bool,
     progress: Progress,
 ) -> None:
     healed = Overlaid(student.path, student.trust_remote_code)
-    for layer in layers:
-        healed.put(folder.tensors(layer))
+    for layer in result.layers:
+        healed.put(folder.tensors(layer["layer"]))
     earlier = record.get("recovered")
     steps = [*(earlier if isinstance(earlier, list) else []), about]
 
     def tell(done: int, total: int) -> None:
         progress("writing", done, total)
 
-    write_recovered(Result(healed), out, {**record, "recovered": steps}, folder.log, force, tell)
+    write_recovered(
+        Result(healed), result.path, {**record, "recovered": steps}, folder.log, force, tell
+    )
