@@ -58,27 +58,32 @@ def recover_layers(
     train, held = split(run.domains, made.holdout)
     work = Work(student, master, made, folder, device, train, held)
     healer = Healer(student, master, made, folder, device)  # refuses before anything is kept
-    layers = healer.layers
     if state.is_main_process:
         folder.begin(run.header)
-    wanted = [layer for layer in layers if layer not in folder.done()]
-    state.wait_for_everyone()  # all have looked before the first layer is done
-    told = _Told(layers, wanted, made.steps, listen)
     began = time.perf_counter()
-    if processes > 1:
-        in_processes(work, wanted, processes, told)
-    else:
-        healer.tell = told
-        healer.run(train, held, share(wanted, state.process_index, state.num_processes))
+    _heal(healer, work, state, processes, listen)
     state.wait_for_everyone()
-    result = _result(folder, layers, out, made, time.perf_counter() - began)
+    result = _result(folder, healer.layers, out, made, time.perf_counter() - began)
     if state.is_main_process:
         folder.write_log()
         with folder.writing():
-            _write(run, folder, layers, result, force, progress)
+            _write(run, folder, result, force, progress)
         folder.delete()
     state.wait_for_everyone()
     return result
+
+
+def _heal(healer: Healer, work: Work, state: PartialState, processes: int, listen: Listen) -> None:
+    """Heal what is not done yet: here, in processes of our own, or in those that were launched."""
+    done = work.folder.done()
+    wanted = [layer for layer in healer.layers if layer not in done]
+    state.wait_for_everyone()  # all have looked before the first layer is done
+    healer.tell = _Told(healer.layers, wanted, work.made.steps, listen)
+    if processes > 1:
+        in_processes(work, wanted, processes, healer.tell)
+    else:
+        mine = share(wanted, state.process_index, state.num_processes)
+        healer.run(work.train, work.held, mine)
 
 
 class _Told:
@@ -155,14 +160,13 @@ def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
 def _write(
     run: Opened,
     folder: LayerFolder,
-    layers: Sequence[int],
     result: Recovered,
     force: bool,
     progress: Progress,
 ) -> None:
     healed = Overlaid(run.student.path, run.student.trust_remote_code)
-    for layer in layers:
-        healed.put(folder.tensors(layer))
+    for layer in result.layers:
+        healed.put(folder.tensors(layer["layer"]))
 
     def tell(done: int, total: int) -> None:
         progress("writing", done, total)
