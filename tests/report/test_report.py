@@ -107,10 +107,8 @@ def test_links_lead_somewhere_and_ids_are_unique(outline: Outline) -> None:
 
 def test_tables_have_captions_and_every_header_a_scope(outline: Outline) -> None:
     assert len(outline.tables) == 2 + 1 + 1 + 4 + 2
-    assert all(tags[0] == "caption" for tags in outline.tables if tags[:2] != ["thead", "tr"])
-    assert (
-        sum(tags[0] == "caption" for tags in outline.tables) == len(outline.tables) - 1
-    )  # the grid
+    captions = [tags[0] == "caption" for tags in outline.tables]
+    assert captions.count(False) == 1  # the grid has a label
     scopes = [given.get("scope") for tag, given in outline.tags if tag == "th"]
     assert set(scopes) == {"row", "col"}
 
@@ -206,7 +204,7 @@ def test_texts_of_the_run_cannot_end_the_script(page: str) -> None:
     [
         (" der", "␣der"),
         ("\n\t", "↵⇥"),
-        ("\u202eabc", "\\u202eabc"),
+        ("\u202ea", "\\u202ea"),
         ("ф", "ф"),
         ("\x00", "\\u0000"),
     ],
