@@ -24,7 +24,7 @@
   };
   const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(1) + " %");
   const times = (value) => "×" + (value < 9.995 ? value.toFixed(2) : digits(value));
-  const sum = (values) => values.reduce((a, b) => a + b, 0);
+  const sum = (values) => (values || []).reduce((a, b) => a + b, 0);
   const known = (values) => values.filter((v) => v !== null && v !== undefined);
 
   /* shares of the domains among all slots of a layer */
