@@ -17,6 +17,7 @@ from playwright.sync_api import sync_playwright
 DOCS = Path(__file__).parent.parent / "docs"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 MOST = 300_000  # bytes a picture
+EDGE = 28  # pixels around the atlas
 EXPERT = "#atlas-grid .shown"
 
 
@@ -41,7 +42,10 @@ def detail(opened: Any) -> None:
     opened.select_option("#atlas-measure", label=f"affinity to {first}")
     opened.click(EXPERT)
     opened.mouse.move(0, 0)
-    keep(opened.locator("#atlas-section").screenshot(), "report-atlas.png")
+    box = opened.locator("#atlas-section").bounding_box()
+    clip = {"x": 0, "y": box["y"] - EDGE, "width": 1280, "height": box["height"] + 2 * EDGE}
+    clip["y"] += opened.evaluate("scrollY")
+    keep(opened.screenshot(full_page=True, clip=clip), "report-atlas.png")
 
 
 def keep(picture: bytes, name: str) -> None:

@@ -119,10 +119,12 @@ def test_a_folder_that_is_no_run_is_refused(run: Run, tmp_path: Path) -> None:
 def test_merged_and_masked_experts_are_told_apart(stats: Path) -> None:
     from moeprune.pipeline.stages import plan
 
-    for name, budget, key in (
-        ("m-smoe", Budget(ratio=0.5), "merged"), ("wanda", Budget(pattern=(2, 4)), "masked"),
-    ):  # fmt: skip
-        layer = facts.plan_facts(plan("demo", make_method(name, {}), budget, stats))["0"]
+    cases = (
+        (make_method("m-smoe", {}), Budget(ratio=0.5), "merged"),
+        (make_method("moe-pruner", {"propagate": "dense"}), Budget(pattern=(2, 4)), "masked"),
+    )
+    for method, budget, key in cases:
+        layer = facts.plan_facts(plan("demo", method, budget, stats))["0"]
         assert len({*layer["keep"], *layer["dropped"], *map(int, layer.get("merged", {}))}) == 32
         if key == "masked":
             assert layer["masked"] and len(layer["keep"]) == 32 and "merged" not in layer

@@ -86,6 +86,7 @@
     const signed = document.getElementById("ramp-signed"), plain = document.getElementById("ramp-plain");
     signed.hidden = !m.signed;
     plain.hidden = Boolean(m.signed);
+    document.getElementById("key-unknown").hidden = !values.flat().includes(null);
     document.getElementById("ramp-low").textContent = m.low || "";
     document.getElementById("ramp-high").textContent = m.high || m.unit(top);
     const used = new Set(row === null ? [] : data.rows[row].fates.join(""));
