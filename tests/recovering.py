@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moeprune.core.edits import MaskEdit
+from moeprune.core.merging import Groups, merged_plan
 from moeprune.core.plan import LayerPlan
 from moeprune.core.shapes import LayerShape
 from moeprune.models.checkpoint import Checkpoint, demo_path
@@ -45,8 +46,17 @@ def _novices(shape: LayerShape) -> LayerPlan:
     return LayerPlan(shape.layer, shape.experts, keep, replaced, novices_NH=vectors)
 
 
+def _merged(shape: LayerShape) -> LayerPlan:
+    cores = some_experts(shape, 5)
+    core_of = [e if e in cores else cores[e % 2] for e in range(shape.experts)]
+    use_E = torch.rand(shape.experts, generator=generator(shape.layer))
+    order = {e: torch.arange(shape.intermediate) for e in range(shape.experts)}
+    return merged_plan(shape, Groups.weighted(core_of, use_E), order, "slice", {})
+
+
 KINDS: dict[str, Callable[[LayerShape], LayerPlan]] = {
     "masked": _masked, "dropped": _dropped, "uneven": _uneven, "novices": _novices,
+    "merged": _merged,
 }  # fmt: skip
 
 

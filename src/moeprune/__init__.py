@@ -36,7 +36,7 @@ _HOME = {
     "apply": "moeprune.pipeline.stages",
     "calibrate": "moeprune.pipeline.calibration",
     "compare": "moeprune.pipeline.arena.run",
-    "evaluate": "moeprune.pipeline.stages",
+    "evaluate": "moeprune.pipeline.evaluating",
     "inspect": "moeprune.pipeline.inspection",
     "load": "moeprune.models.runtime",
     "merge_statistics": "moeprune.models.store",
@@ -101,12 +101,13 @@ if TYPE_CHECKING:
     from moeprune.pipeline.arena.run import Grid, compare
     from moeprune.pipeline.calibration import calibrate
     from moeprune.pipeline.comparison import plan_diff
+    from moeprune.pipeline.evaluating import evaluate
     from moeprune.pipeline.inputs import Compute, Text
     from moeprune.pipeline.inspection import inspect
     from moeprune.pipeline.planning import plan
     from moeprune.pipeline.recipes.run import run
     from moeprune.pipeline.recovery import recover, training
-    from moeprune.pipeline.stages import apply, evaluate, prune
+    from moeprune.pipeline.stages import apply, prune
     from moeprune.pipeline.verification import verify
 
 

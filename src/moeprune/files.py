@@ -65,7 +65,7 @@ def _refuse_parent(path: Path) -> None:
 
 
 def _looks_like_ours(path: Path) -> bool:
-    names = ("moeprune.json", "manifest.json", "demo.json", "compare.json")
+    names = ("moeprune.json", "manifest.json", "demo.json", "compare.json", "audit.json")
     if any((path / name).is_file() for name in names):
         return True
     return all(_PLAN_WEIGHTS.fullmatch(file.name) for file in path.iterdir())

@@ -119,11 +119,12 @@ def test_rows_are_what_the_stages_give(
         kept = read_plan(out / row["plan"])
         assert kept.to_json(None)["layers"] == made.to_json(None)["layers"]
         sizes = apply("demo", made, tmp_path / name)
-        again = evaluate(tmp_path / name, "demo", texts["heldout"], compute)
+        measured = evaluate(tmp_path / name, "demo", texts["heldout"], compute)
+        again = measured["groups"]["all"]
         assert row["perplexity"] == again["perplexity"] and row["kl"] == again["kl"]
         assert row["agreement"] == again["agreement"]
         assert (row["bytes"], row["nonzero_parameters"]) == (sizes.bytes[1], sizes.nonzero[1])
-    own = evaluate("demo", None, texts["heldout"], compute)
+    own = evaluate("demo", None, texts["heldout"], compute)["groups"]["all"]
     assert result["original"]["perplexity"] == own["perplexity"]
 
 
@@ -161,7 +162,7 @@ def test_the_same_again_computes_nothing(
         raise AssertionError("computed again")
 
     monkeypatch.setattr(arena_cell, "make_plan", never)
-    monkeypatch.setattr("moeprune.pipeline.arena.measuring.evaluate_models", never)
+    monkeypatch.setattr("moeprune.pipeline.arena.measuring.measure_models", never)
     again = compare("demo", out, Grid("mone,moeits", (Budget(ratio=0.5),)), **texts)
     assert again["cells"] == result["cells"] and tree(out / "plans") == before
     assert len(again["order"]) == 2

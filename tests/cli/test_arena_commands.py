@@ -29,7 +29,7 @@ def test_run_prints_json_and_nothing_else(run: Run, tmp_path: Path, english: Pat
     result = json.loads(done.out)
     assert result["format"] == "moeprune.recipe-run/1"
     assert result["steps"][0]["experts"] == [192, 144]
-    assert result["evaluation"]["kl"] > 0
+    assert result["evaluation"]["groups"]["all"]["kl"] > 0
     assert run("run", "recipe.yaml", "--out", "smaller").code == 2
 
 

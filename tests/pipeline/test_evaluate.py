@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moeprune
 from moeprune import Budget, Compute, Text, apply, calibrate, evaluate, plan
-from moeprune.evaluation.perplexity import DomainScore, Evaluation
+from moeprune.evaluation.perplexity import DomainScore, Evaluation, Sums
 from moeprune.models.checkpoint import demo_path
 from moeprune.models.data import demo_text
 
@@ -86,6 +87,9 @@ def expected(student: Path, ids_NL: Tensor, teacher: Path | None = None) -> dict
         p_NLV = torch.softmax(other_NLV, dim=-1)
         ratio_NLV = torch.log(p_NLV) - torch.log(torch.softmax(logits_NLV, dim=-1))
         found["kl"] = float((p_NLV * ratio_NLV).sum(dim=-1).mean())
+        best_NL1 = other_NLV.argmax(-1, keepdim=True)
+        in_five_NL = (logits_NLV.topk(5).indices == best_NL1).any(-1)
+        found["agreement_top5"] = float(in_five_NL.double().mean())
         found["agreement"] = float((other_NLV.argmax(-1) == logits_NLV.argmax(-1)).double().mean())
     return found
 
@@ -103,8 +107,9 @@ def test_equals_the_whole_model(text: Text, english: Path, german: Path) -> None
         assert score["kl"] is None and score["agreement"] is None
         losses += [want["loss"]] * want["tokens"]
     # every token counts the same, whatever its domain
-    assert result["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
-    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    total = result["groups"]["all"]
+    assert total["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert total["perplexity"] == pytest.approx(math.exp(total["loss"]))
 
 
 def test_bits_per_byte(english: Path) -> None:
@@ -130,15 +135,17 @@ def test_student_equals_the_whole_models(
         assert score["kl"] == pytest.approx(want["kl"], rel=1e-5)
         assert 0.05 < want["agreement"] < 0.999
         # a tie of two logits may fall either way
-        assert score["agreement"] == pytest.approx(want["agreement"], abs=1.5 / want["tokens"])
+        for key in ("agreement", "agreement_top5"):
+            assert score[key] == pytest.approx(want[key], abs=1.5 / want["tokens"])
+        assert want["agreement"] < score["agreement_top5"] < 1.0
 
 
 @pytest.mark.parametrize("kind", ["demo", "novices"])
 def test_a_model_against_itself(kind: str, text: Text, request: pytest.FixtureRequest) -> None:
     model = kind if kind == "demo" else request.getfixturevalue(kind)
     result = evaluate(model, model, text, FLOAT32)
-    assert abs(result["kl"]) <= 1e-9
-    assert result["agreement"] == 1.0
+    assert abs(result["groups"]["all"]["kl"]) <= 1e-9
+    assert result["groups"]["all"]["agreement"] == 1.0
 
 
 def without_time(result: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +159,7 @@ def test_workers_change_no_bit(text: Text, novices: Path, english: Path, german:
         without_time(evaluate(novices, "demo", longer, Compute("cpu", "float32", workers)))
         for workers in (1, 2)
     ]
-    assert results[0]["kl"] > 0
+    assert results[0]["groups"]["all"]["kl"] > 0
     assert results[0] == results[1]
 
 
@@ -189,11 +196,16 @@ def test_result_is_JSON(novices: Path, english: Path) -> None:
     assert result["model"] == "mone" and result["teacher"] == "demo"
 
 
+def score(tokens: float, nll: float, kl: float = 0.0, agree: float = 0.0) -> DomainScore:
+    """Of one window."""
+    sums = [np.array([value]) for value in (tokens, nll, kl, agree, agree)]
+    return DomainScore(Sums(*sums), compared=True)
+
+
 def test_totals_weigh_tokens_alike() -> None:
-    evaluation = Evaluation(
-        {"a": DomainScore(3, 6.0, 1.5, 2, 4.0), "b": DomainScore(1, 1.0, 0.5, 1, 2.0)}
-    )
-    measured = evaluation.to_json()
+    evaluation = Evaluation({"a": score(3, 6.0, 1.5, 2), "b": score(1, 1.0, 0.5, 1)})
+    measured = evaluation.total().to_json()
+    assert measured["tokens"] == 4 and measured["windows"] == 2
     assert measured["loss"] == 7.0 / 4
     assert measured["perplexity"] == pytest.approx(math.exp(7.0 / 4))
     assert measured["kl"] == 2.0 / 4
@@ -201,9 +213,9 @@ def test_totals_weigh_tokens_alike() -> None:
 
 
 def test_what_is_not_finite_is_unknown() -> None:
-    hopeless = DomainScore(2, 5000.0).to_json()
+    hopeless = score(2, 5000.0).to_json()
     assert hopeless["loss"] == 2500.0 and hopeless["perplexity"] is None
-    broken = DomainScore(1, math.nan, math.nan, 0).to_json()
+    broken = score(1, math.nan, math.nan).to_json()
     assert [broken[key] for key in ("loss", "perplexity", "kl", "agreement")] == [
         None,
         None,
@@ -219,5 +231,5 @@ def test_a_model_that_overflows(shelf: Path, english: Path) -> None:
     AutoTokenizer.from_pretrained(demo_path()).save_pretrained(shelf / "broken")
     result = evaluate(shelf / "broken", "demo", Text((str(english),), 1, 16), FLOAT32)
     json.dumps(result, allow_nan=False)
-    assert result["perplexity"] is None and result["kl"] is None
+    assert result["groups"]["all"]["perplexity"] is None and result["groups"]["all"]["kl"] is None
     assert result["domains"]["english"]["tokens"] == 15

@@ -52,7 +52,7 @@ def reference(student: Any, teacher: Any, groups: Any, target: str) -> float:
                     if not set(group) & set(their_TK[t].tolist()):
                         continue
                     x = their_TH[t]
-                wanted = sum(expert(other[layer].experts, g, x) for g in group) / len(group)
+                wanted = sum(w * expert(other[layer].experts, g, x) for g, w in group.items())
                 got = expert(mine[layer].experts, e, x_TH[t])
                 squares.append(float(((got - wanted) ** 2).mean()))
             total += sum(squares) / len(squares) if squares else 0.0
@@ -112,18 +112,53 @@ def test_kept_ids_pair(students: dict[str, Path], teacher: Path, kind: str) -> N
     }
 
 
+class Site:
+    class shape:
+        experts, groups = 6, 1
+
+        @staticmethod
+        def group_of(e: int) -> int:
+            return 0
+
+
 def test_an_expert_that_answers_for_others_pairs_with_all_of_them() -> None:
     from moeprune.recovery.pairing import _slots
 
-    class Site:
-        class shape:
-            experts, groups = 6, 1
-
-            @staticmethod
-            def group_of(e: int) -> int:
-                return 0
-
     served = {"keep": [1, 4], "replaced": [], "served_by": [1, 1, 4, 4, 4, 1]}
-    assert _slots(served, 2, Site) == ((0, 1, 5), (2, 3, 4))
-    assert _slots({"keep": [1, 4], "replaced": []}, 3, Site) == ((1,), (4,), ())  # a pad
-    assert _slots({}, 6, Site) == tuple((e,) for e in range(6))
+    third = pytest.approx(1 / 3)
+    assert _slots(served, 2, Site) == (
+        {0: third, 1: third, 5: third},
+        {2: third, 3: third, 4: third},
+    )
+    assert _slots({"keep": [1, 4], "replaced": []}, 3, Site) == ({1: 1.0}, {4: 1.0}, {})  # a pad
+    assert _slots({}, 6, Site) == tuple({e: 1.0} for e in range(6))
+
+
+def test_a_merged_expert_pairs_with_its_group(students: dict[str, Path], teacher: Path) -> None:
+    student, master = load(students["merged"]), load(teacher)
+    mine, other = parameters_of(student), parameters_of(master)
+    groups = pair(
+        Checkpoint.open(students["merged"]), Checkpoint.open(teacher), mine.sites, other.sites
+    )
+    layers = json.loads((students["merged"] / "moeprune_plan.json").read_text())["layers"]
+    for layer, own in groups.items():
+        entry = layers[str(layer)]
+        assert entry.get("served_by") is None
+        joins, shares = entry["scores"]["joins"], entry["scores"]["share"]
+        for core, group in zip(entry["keep"], own, strict=True):
+            assert set(group) == {e for e, c in enumerate(joins) if c == core}
+            assert group == pytest.approx({e: shares[e] for e in group})
+            assert sum(group.values()) == pytest.approx(1)
+        assert {len(group) for group in own} > {1}
+    pairs = ExpertPairs(mine.sites, other.sites, groups, "local")
+    found = Learner(student, master, pairs, False, False)(IDS)
+    error = float((found["error"].detach() / found["count"].clamp(min=1)).sum())
+    assert error == pytest.approx(reference(student, master, groups, "local"), rel=1e-4)
+
+
+@pytest.mark.parametrize("scores", [{"joins": [0.0] * 6}, {"joins": [1.0, 1, 4, 4, 4]}])
+def test_groups_that_are_not_those_of_the_kept(scores: dict[str, list[float]]) -> None:
+    from moeprune.recovery.pairing import _slots
+
+    with pytest.raises(ValueError, match="join others"):
+        _slots({"keep": [1, 4], "scores": scores}, 2, Site)

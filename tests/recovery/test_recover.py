@@ -79,7 +79,7 @@ def test_lambda_anew_at_every_step(
     assert len({entry["lambda"] for entry in entries}) == len(entries)
 
 
-@pytest.mark.parametrize("kind", ["masked", "dropped", "uneven", "novices"])
+@pytest.mark.parametrize("kind", ["masked", "dropped", "uneven", "novices", "merged"])
 def test_what_is_recovered_opens_as_before_and_passes_verify(
     students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path, kind: str
 ) -> None:

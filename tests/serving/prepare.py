@@ -3,13 +3,15 @@
 python tests/serving/prepare.py DIRECTORY
 
 Runs in the environment of moeprune; ``serve.py`` then reads DIRECTORY in an environment with vLLM,
-whose transformers is an older one. One folder per model: ``pruned`` (the
-checkpoint) and ``pruned.json`` (see ``write``).
+whose transformers is an older one. One folder per model; in it checkpoints, and beside each what is
+expected of it (``pruned`` and ``pruned.json``, see ``write``).
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,18 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 
 import moeprune
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from families import VOCABULARY, tiny_model, token_ids
 from moeprune.models.checkpoint import demo_path
 from moeprune.models.data import demo_text, read_documents
+from special import SPECIAL, write_special
 
 NEW_TOKENS = 48
 PROMPTS = 12
+MANY_PROMPTS = 32
 CANDIDATES = 8
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -66,6 +71,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
     "granitemoe": {"intermediate_size": 64},
 }
+_FAMILIES["deepseek_v3"] = {
+    **_FAMILIES["deepseek_v2"],
+    "head_dim": 64,
+    "topk_method": "noaux_tc",  # vLLM asks for these keys of the vendor's; transformers does not
+    "scoring_func": "sigmoid",
+}
+WITHOUT_SPECIAL = ("granitemoe",)
+"""Families that the plugin does not serve."""
 
 
 def save_family(model_type: str, directory: Path) -> Path:
@@ -95,14 +108,15 @@ def save_demo(directory: Path) -> Path:
     return directory
 
 
-def demo_prompts() -> list[list[int]]:
-    """Beginnings of held-out documents, two of each of six domains."""
+def demo_prompts(number: int = PROMPTS) -> list[list[int]]:
+    """Beginnings of held-out documents of all domains in turn."""
     tokenizer = AutoTokenizer.from_pretrained(demo_path())
+    domains = [read_documents(file) for file in demo_text("heldout").values()]
+    texts = [text for row in zip(*domains, strict=False) for text in row][:number]
     prompts = []
-    for _, file in zip(range(PROMPTS // 2), demo_text("heldout").values(), strict=False):
-        for _, text in zip(range(2), read_documents(file), strict=False):
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            prompts.append([tokenizer.bos_token_id, *ids[: 12 + 4 * (len(prompts) % 6)]])
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        prompts.append([tokenizer.bos_token_id, *ids[: 12 + 4 * (len(prompts) % 6)]])
     return prompts
 
 
@@ -112,18 +126,31 @@ def random_prompts() -> list[list[int]]:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, ids: Sequence[int], last: int) -> torch.Tensor:
-    """Logits [last, V] at the last positions, from one forward without a cache."""
-    return model(torch.tensor([ids]), use_cache=False).logits[0, -last:].float()
+def logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], last: int) -> list[torch.Tensor]:
+    """Logits [last, V] at the last positions of each row, from one forward without a cache.
+
+    Rows are filled up at their ends, which a causal model does not see before.
+    """
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    found = model(ids, use_cache=False).logits
+    return [one[len(row) - last : len(row)].float() for one, row in zip(found, rows, strict=True)]
 
 
-def continuation(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens behind ``prompt``, and the logarithmic probabilities that chose them [L, V]."""
-    ids, scores = list(prompt), []
+def continuations(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]]
+) -> list[tuple[list[int], torch.Tensor]]:
+    """Greedy tokens behind each prompt, and the logarithmic probabilities that chose them [L, V]."""
+    rows = [list(prompt) for prompt in prompts]
+    scores: list[list[torch.Tensor]] = [[] for _ in rows]
     for _ in range(NEW_TOKENS):
-        scores.append(logits(model, ids, 1)[0].log_softmax(-1))
-        ids.append(int(scores[-1].argmax()))
-    return ids[len(prompt) :], torch.stack(scores)
+        for row, kept, found_1V in zip(rows, scores, logits(model, rows, 1), strict=True):
+            kept.append(found_1V[0].log_softmax(-1))
+            row.append(int(kept[-1].argmax()))
+    return [
+        (row[len(prompt) :], torch.stack(kept))
+        for row, kept, prompt in zip(rows, scores, prompts, strict=True)
+    ]
 
 
 def reference(
@@ -137,12 +164,14 @@ def reference(
     """
     model, other = (moeprune.load(path, dtype=dtype) for path in (pruned, original))
     exact = moeprune.load(pruned, dtype=torch.float32)
+    made = continuations(model, prompts)
+    rows = [[*prompt, *tokens[:-1]] for prompt, (tokens, _) in zip(prompts, made, strict=True)]
     found = []
-    for prompt in prompts:
-        tokens, scores_LV = continuation(model, prompt)
-        ids = [*prompt, *tokens[:-1]]
+    for prompt, (tokens, scores_LV), exact_LV, other_LV in zip(
+        prompts, made, logits(exact, rows, NEW_TOKENS), logits(other, rows, NEW_TOKENS), strict=True
+    ):
         top = scores_LV.topk(CANDIDATES)
-        exact_LV = logits(exact, ids, NEW_TOKENS).log_softmax(-1).gather(1, top.indices)
+        moved = exact_LV.log_softmax(-1).gather(1, top.indices) - top.values
         found.append(
             {
                 "prompt": list(prompt),
@@ -151,8 +180,8 @@ def reference(
                     [[int(i), float(p)] for i, p in zip(*step, strict=True)]
                     for step in zip(top.indices, top.values, strict=True)
                 ],
-                "noise": (exact_LV - top.values)[:, :2].abs().max(dim=1).values.tolist(),
-                "original": logits(other, ids, NEW_TOKENS).argmax(-1).tolist(),
+                "noise": moved[:, :2].abs().max(dim=1).values.tolist(),
+                "original": other_LV.argmax(-1).tolist(),
             }
         )
     return found
@@ -170,35 +199,64 @@ def write(
     facts = {
         "model_type": after["model_type"],
         "experts": [before["experts"], after["experts"]],
+        "expert_parameters": [expert_parameters(path) for path in (original, folder / name)],
+        "stored": stored(folder / name, before["experts"]),
         "top_k": after["top_k"],
         **{kind: reference(folder / name, original, prompts, DTYPES[kind]) for kind in kinds},
     }
     (folder / f"{name}.json").write_text(json.dumps(facts))
 
 
+def stored(checkpoint: Path, before: int) -> str:
+    """How many experts the layers of a checkpoint store, of how many."""
+    file = checkpoint / "moeprune_plan.json"
+    layers = json.loads(file.read_text())["layers"].values() if file.is_file() else ()
+    kept = [len(layer["keep"]) for layer in layers] or [before]
+    return "–".join(str(n) for n in sorted({min(kept), max(kept)})) + f" of {before}"
+
+
+def expert_parameters(checkpoint: Path) -> int:
+    """Numbers in the files that belong to routed experts, vectors included."""
+    total = 0
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if re.search(r"\.(experts|block_sparse_moe\.(in|out)put_linear)\.", name):
+                    total += math.prod(tensors.get_slice(name).get_shape())
+    return total
+
+
 def prepare(directory: Path) -> None:
     """Write all models below ``directory``."""
-    for name in [*_FAMILIES, "demo"]:
+    for name in _FAMILIES:
         folder = directory / name
         folder.mkdir(parents=True)
-        original = (
-            save_demo(folder / "original")
-            if name == "demo"
-            else save_family(name, folder / "original")
-        )
+        original = save_family(name, folder / "original")
         plan = moeprune.plan(original, "moeits", moeprune.Budget(ratio=0.5))
         moeprune.apply(original, plan, folder / "pruned")
-        prompts = demo_prompts() if name == "demo" else random_prompts()
-        write(folder, "pruned", original, prompts, list(DTYPES))
+        write(folder, "pruned", original, random_prompts(), list(DTYPES))
+        for kind in SPECIAL if name not in WITHOUT_SPECIAL else ():
+            write_special(original, kind, folder / kind)
+            write(folder, kind, original, random_prompts())
         print(f"{name}: written", flush=True)
-    folder = directory / "demo"
+    prepare_demo(directory / "demo")
+
+
+def prepare_demo(folder: Path) -> None:
+    """The embedded model: as it is, pruned uniformly, with novices, and unevenly."""
+    folder.mkdir(parents=True)
+    original = save_demo(folder / "original")
+    plan = moeprune.plan(original, "moeits", moeprune.Budget(ratio=0.5))
+    moeprune.apply(original, plan, folder / "pruned")
+    write(folder, "pruned", original, demo_prompts(), list(DTYPES))
     shutil.copytree(demo_path(), folder / "tied")
-    write(folder, "tied", folder / "original", demo_prompts())
-    text = moeprune.Text(sequences=24, length=256)
-    moeprune.prune(
-        folder / "original", "mone", moeprune.Budget(ratio=0.5), folder / "novices", text
-    )
-    write(folder, "novices", folder / "original", demo_prompts())
+    write(folder, "tied", original, demo_prompts())
+    text, half = moeprune.Text(sequences=24, length=256), moeprune.Budget(ratio=0.5)
+    moeprune.prune("demo", "mone", half, folder / "novices", text)
+    moeprune.prune("demo", "reap", half, folder / "uneven", text, options={"scope": "global"})
+    for kind in ("novices", "uneven"):
+        write(folder, kind, original, demo_prompts(MANY_PROMPTS), list(DTYPES))
+    print("demo: written", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""Generates with vLLM what ``prepare.py`` asks for, in the environment that has vLLM.
+"""Generates with vLLM what ``run.py`` asks for, in the environment that has vLLM.
 
-python tests/serving/serve.py CHECKPOINT PROMPTS.json RESULT.json
+python tests/serving/serve.py JOBS.json
 
-PROMPTS.json: {"prompts": [[token id, ...], ...], "tokens": N, "candidates": C, "dtype": name,
-"trust": whether the checkpoint's own Python files may run}. RESULT.json: per
-prompt the greedy tokens and, for each step, the leading tokens with their logarithmic
-probabilities. One model per process: vLLM holds its memory to the end.
+JOBS.json: a list of {"checkpoint", "result", "prompts": [[token id, ...], ...], "tokens": N,
+"candidates": C, "dtype": name, "trust": whether the checkpoint's own Python files may run}. The
+file ``result``: per prompt the greedy tokens and, for each step, the leading tokens with their
+logarithmic probabilities; or the error. The models are loaded one after the other, because starting
+vLLM takes longer than anything that tiny models do.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
@@ -24,30 +28,43 @@ os.environ.update(
 )
 
 
-def main(checkpoint: str, asked: Path, result: Path) -> None:
+def expert_parameters(model: Any) -> int:
+    """Numbers that the experts of the served model hold, vectors included."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    experts = (m for m in model.modules() if isinstance(m, RoutedExperts))
+    return sum(p.numel() for m in experts for p in m.parameters())
+
+
+def peak_mebibytes() -> int:
+    """The most memory that this process held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def generate(job: dict[str, Any]) -> dict[str, Any]:
+    """What one checkpoint answers."""
     import transformers
     import vllm
 
-    wanted = json.loads(asked.read_text())
     model = vllm.LLM(
-        model=checkpoint,
-        dtype=wanted["dtype"],
+        model=job["checkpoint"],
+        dtype=job["dtype"],
         enforce_eager=True,
         max_model_len=256,
         skip_tokenizer_init=True,
-        trust_remote_code=wanted["trust"],
+        trust_remote_code=job["trust"],
         enable_prefix_caching=False,
         seed=0,
     )
     sampling = vllm.SamplingParams(
         temperature=0.0,
-        max_tokens=wanted["tokens"],
+        max_tokens=job["tokens"],
         ignore_eos=True,
-        logprobs=wanted["candidates"],
+        logprobs=job["candidates"],
         detokenize=False,
     )
     outputs = model.generate(
-        [vllm.TokensPrompt(prompt_token_ids=ids) for ids in wanted["prompts"]], sampling
+        [vllm.TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]], sampling
     )
     found = [
         {
@@ -59,9 +76,24 @@ def main(checkpoint: str, asked: Path, result: Path) -> None:
         }
         for output in outputs
     ]
+    (experts,) = model.apply_model(expert_parameters)
     versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
-    result.write_text(json.dumps({"continuations": found, "versions": versions}))
+    return {"continuations": found, "versions": versions, "expert_parameters": experts}
+
+
+def main(jobs: Path) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    for job in json.loads(jobs.read_text()):
+        try:
+            result = generate(job)
+        except Exception as error:  # run.py says what it means
+            result = {"error": f"{type(error).__name__}: {error}"}
+        Path(job["result"]).write_text(json.dumps(result))
+        print("done:", job["result"], f"{peak_mebibytes()} MiB", flush=True)
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]))

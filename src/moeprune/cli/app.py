@@ -9,14 +9,17 @@ import typer
 
 from moeprune import __version__
 from moeprune.cli import output
+from moeprune.cli.audit import audit
 from moeprune.cli.compare import compare
 from moeprune.cli.demo import demo
+from moeprune.cli.evaluate import evaluate
 from moeprune.cli.listings import inspect, methods, models
 from moeprune.cli.plan_diff import plan_diff
+from moeprune.cli.plan_export import plan_export
 from moeprune.cli.recover import recover
 from moeprune.cli.report import report
 from moeprune.cli.run import run
-from moeprune.cli.stages import apply, calibrate, evaluate, merge, plan, prune
+from moeprune.cli.stages import apply, calibrate, merge, plan, prune
 from moeprune.cli.verify import verify
 from moeprune.errors import MoepruneError
 
@@ -34,10 +37,12 @@ _INTERRUPTED = 130
 
 for command in (
     inspect,
+    audit,
     calibrate,
     merge,
     plan,
     plan_diff,
+    plan_export,
     apply,
     prune,
     evaluate,

@@ -14,6 +14,7 @@ from moeprune.cli.options import (
     Force,
     Workers,
 )
+from moeprune.cli.task_tables import sample_rows
 
 
 def demo(
@@ -44,6 +45,7 @@ def demo(
         return
     output.print_rows("what was kept, lost and spent", output.run_rows(result["rows"]))
     output.print_rows("held-out perplexity by domain", output.perplexity_rows(result["rows"]))
+    output.print_rows("minimal pairs (BLiMP), share right; chance 0.5", sample_rows(result["rows"]))
     for row in result["rows"]:
         output.tell_warnings(f"{row['name']}: {text}" for text in row["warnings"])
     output.tell_report(out / REPORT, result["seconds"])

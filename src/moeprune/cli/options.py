@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -23,7 +24,14 @@ Dequantize = Annotated[
 ]
 Data = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
-    typer.Option(help="Text: **[name=]file** (.jsonl, .jsonl.gz, .txt); repeat for more domains."),
+    typer.Option(
+        help="Text: **[name=]file** (.jsonl, .jsonl.gz, .txt) or "
+        "**[name=]dataset:NAME[:CONFIG][:SPLIT][#FIELD]**; repeat for more domains."
+    ),
+]
+Mix = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Weights of domains, **english=2,python=1**; 1 where none is given."),
 ]
 Method = Annotated[str, typer.Option(help="See **moeprune methods**.")]
 Options = Annotated[
@@ -141,11 +149,30 @@ def parse_options(pairs: list[str] | None) -> dict[str, str]:
     return found
 
 
-def parse_text(data: list[str] | None, sequences: int, length: int, seed: int) -> Text:
+def parse_text(
+    data: list[str] | None, sequences: int, length: int, seed: int, mix: str | None = None
+) -> Text:
     """What to read."""
     from moeprune.pipeline.stages import Text
 
-    return Text(tuple(data or ()), sequences, length, seed)
+    return Text(tuple(data or ()), sequences, length, seed, parse_mix(mix))
+
+
+def parse_mix(mix: str | None) -> tuple[tuple[str, float], ...]:
+    """Weights by domain, none negative."""
+    found: dict[str, float] = {}
+    for part in mix.split(",") if mix else ():
+        name, _, number = part.strip().rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or name in found or not 0 <= weight < math.inf:
+            raise MoepruneError(
+                f"bad weight {part.strip()!r}", "write --mix english=2,python=1, each name once"
+            )
+        found[name] = weight
+    return tuple(found.items())
 
 
 def parse_compute(dtype: str, device: str, workers: int, trust: bool = False) -> Compute:

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from moeprune.cli import output
-from moeprune.cli.options import AsJson, Data, Device, Force, Length, Model, Seed, Trust, parse_text
+from moeprune.cli.options import (
+    AsJson,
+    Data,
+    Device,
+    Force,
+    Length,
+    Mix,
+    Model,
+    Seed,
+    Trust,
+    parse_text,
+)
 
 if TYPE_CHECKING:
     from moeprune.pipeline.recovery import Recovered, Status
@@ -35,7 +46,20 @@ def recover(
         _Text,
         typer.Option(help="Groups that train: experts, novices, routers, embeddings, rest."),
     ] = None,
-    target: Annotated[_Text, typer.Option(help="expert-kd: local or stream.")] = None,
+    target: Annotated[
+        _Text,
+        typer.Option(
+            help="expert-kd: local or stream; layer by layer: student-inputs, dense-inputs or "
+            "dense-outputs."
+        ),
+    ] = None,
+    layerwise: Annotated[
+        bool, typer.Option("--layerwise", help="One layer after another; never holds the model.")
+    ] = False,
+    objective: Annotated[_Text, typer.Option(help="layer by layer: block or router.")] = None,
+    processes: Annotated[
+        int, typer.Option(help="layer by layer with dense-inputs: share the layers.")
+    ] = 1,
     rescale: Annotated[
         bool, typer.Option("--rescale", help="expert-kd: lambda anew at every step.")
     ] = False,
@@ -60,6 +84,7 @@ def recover(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     data: Data = None,
+    mix: Mix = None,
     sequences: Annotated[int, typer.Option(help="Sequences in all.")] = 600,
     length: Length = 512,
     seed: Seed = 0,
@@ -82,7 +107,8 @@ def recover(
 
     options: dict[str, Any] = {
         "train": None if train is None else tuple(part.strip() for part in train.split(",")),
-        "target": target, "rescale": rescale, "ce_weight": ce_weight, "kl_weight": kl_weight,
+        "target": target, "layerwise": layerwise, "objective": objective,
+        "rescale": rescale, "ce_weight": ce_weight, "kl_weight": kl_weight,
         "steps": steps, "batch": batch, "accumulate": accumulate, "learning_rate": learning_rate,
         "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "rank": rank,
         "adapter": adapter, "evaluate_every": evaluate_every, "save_every": save_every,
@@ -96,12 +122,13 @@ def recover(
             teacher,
             out,
             chosen,
-            parse_text(data, sequences, length, seed),
+            parse_text(data, sequences, length, seed, mix),
             Compute(device, "float32", 0, trust_remote_code),
             resume,
             force,
             _listener(progress),
             progress,
+            processes,
         )
     output.tell_default_text(student, data)
     if as_json:
@@ -125,7 +152,8 @@ def _print(result: Recovered) -> None:
     if result.held is not None:
         before, after = result.held
         facts[f"held-out {result.measure}"] = f"{before:.4f} -> {after:.4f}"
-        facts["weights of step"] = result.best_step
+        if not result.layers:
+            facts["weights of step"] = result.best_step
     for group, (changed, total) in result.changed.items():
         norm = result.gradients.get(group)
         gradient = "" if norm is None else f", first gradient {norm:.3g}"

@@ -55,8 +55,9 @@ def run(
     output.print_rows(f"wrote {result['path']}", rows)
     measured = result["evaluation"]
     if measured is not None:
+        total = measured["groups"]["all"]
         output.OUT.print(
-            f"perplexity {measured['perplexity']:.4g}, KL {measured['kl']:.4g}, "
-            f"agreement {measured['agreement']:.1%}"
+            f"perplexity {total['perplexity']:.4g}, KL {total['kl']:.4g}, "
+            f"agreement {total['agreement']:.1%}"
         )
     output.tell_report(Path(result["path"]) / "report.html")

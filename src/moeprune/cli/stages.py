@@ -19,6 +19,7 @@ from moeprune.cli.options import (
     Keep,
     Length,
     Method,
+    Mix,
     Model,
     Mtp,
     MultipleOf,
@@ -49,6 +50,7 @@ def calibrate(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory for the statistics.")],
     data: Data = None,
+    mix: Mix = None,
     sequences: Sequences = 128,
     length: Length = 2048,
     collect: Annotated[
@@ -77,7 +79,7 @@ def calibrate(
         store = stages.calibrate(
             model,
             out,
-            parse_text(data, sequences, length, seed),
+            parse_text(data, sequences, length, seed, mix),
             names,
             parse_compute(dtype, device, workers, trust_remote_code),
             force,
@@ -270,48 +272,3 @@ def prune(
     output.print_sizes(out, done.sizes, more, as_json)
     if not as_json:
         output.tell_report(out / "report.html")
-
-
-def evaluate(
-    model: Model,
-    teacher: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The model that it was made from, for KL and agreement."),
-    ] = None,
-    data: Data = None,
-    sequences: Annotated[int, typer.Option(help="Windows per domain; 0 takes all.")] = 64,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    workers: Workers = 0,
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure held-out perplexity per domain and, against a teacher, KL and agreement.
-
-    Example: `moeprune evaluate smaller --teacher demo`
-    """
-    from moeprune.pipeline import stages
-
-    with output.progress_bars() as progress:
-        result = stages.evaluate(
-            model,
-            teacher,
-            parse_text(data, sequences, length, 0),
-            parse_compute(dtype, device, workers, trust_remote_code),
-            progress,
-        )
-    if as_json:
-        output.print_json(result)
-        return
-    names = ("tokens", "perplexity", "bits_per_byte", "kl", "agreement")
-    rows = [
-        {
-            "domain": domain,
-            **{name: "–" if score[name] is None else f"{score[name]:.4g}" for name in names},
-        }
-        for domain, score in result["domains"].items()
-    ]
-    output.print_rows(f"{result['model']} ({result['dtype']})", rows)
-    if result["kl"] is not None:
-        output.OUT.print(f"all: KL {result['kl']:.4f}, agreement {result['agreement']:.1%}")

@@ -1,4 +1,4 @@
-"""Held-out perplexity per domain and, against a teacher, KL divergence and top-1 agreement.
+"""Held-out perplexity and, against a teacher, KL divergence and agreement, window by window.
 
 All models walk the same batches layer by layer; then, batch by batch, their logits are compared and
 forgotten, so that neither models nor logits need fit in memory.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeprune.errors import DataError
@@ -24,47 +26,88 @@ from moeprune.models.walk import Batch, Walk, default_workers
 
 _LOGITS_PER_BATCH = 1 << 25  # values, of one model
 _TOKENS_PER_BATCH = 4096
+TOP = 5
 _POSITIONS = 64  # whose logits are compared at once
+
+
+Floats = NDArray[np.float64]
+
+
+@dataclass
+class Sums:
+    """Sums over the predicted tokens of each window.
+
+    Attributes:
+        tokens_N: predicted tokens.
+        nll_N: sum of -log p(token), nats.
+        kl_N: sum of KL(teacher || student), nats; this and what follows are 0 without a teacher.
+        agree_N: tokens at which both put the same token first.
+        top5_N: tokens at which what the teacher puts first is among the student's first five.
+    """
+
+    tokens_N: Floats
+    nll_N: Floats
+    kl_N: Floats
+    agree_N: Floats
+    top5_N: Floats
+
+    @classmethod
+    def zeros(cls, windows: int) -> Sums:
+        """Of so many windows, to be added to."""
+        return cls(*(np.zeros(windows) for _ in range(5)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Sums]) -> Sums:
+        """One after another."""
+        rows = ((p.tokens_N, p.nll_N, p.kl_N, p.agree_N, p.top5_N) for p in parts)
+        columns = zip(*rows, strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
 
 
 @dataclass
 class DomainScore:
-    """Sums over the predicted tokens of one domain.
+    """What was measured on one domain, window by window.
 
     Attributes:
-        tokens: predicted tokens.
-        nll: sum of -log p(token), nats.
-        kl: sum of KL(teacher || student), nats; None without a teacher.
-        agree: tokens at which both put the same token first; None without a teacher.
+        sums: by window.
+        compared: whether there was a teacher.
         bytes_per_token: of the text.
+        document_N: the document of each window; None if that is not known.
     """
 
-    tokens: int = 0
-    nll: float = 0.0
-    kl: float | None = None
-    agree: int | None = None
+    sums: Sums
+    compared: bool = False
     bytes_per_token: float = 1.0
+    document_N: NDArray[np.int64] | None = None
 
-    def add(self, other: DomainScore) -> None:
-        """Add other tokens of the same domain."""
-        self.tokens += other.tokens
-        self.nll += other.nll
-        if other.kl is not None and other.agree is not None:
-            self.kl = (self.kl or 0.0) + other.kl
-            self.agree = (self.agree or 0) + other.agree
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens."""
+        return int(self.sums.tokens_N.sum())
 
     def to_json(self) -> dict[str, float | int | None]:
         """Means per token; None where logits were not finite, which JSON cannot say."""
-        loss = self.nll / self.tokens
+        tokens, compared = self.tokens, 1.0 if self.compared else math.nan
+        loss = float(self.sums.nll_N.sum()) / tokens
         known = {
             "loss": loss,
             "perplexity": math.exp(loss) if loss < 700.0 else loss * math.inf,
             "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
-            "kl": math.nan if self.kl is None else self.kl / self.tokens,
-            "agreement": math.nan if self.agree is None else self.agree / self.tokens,
+            "kl": compared * float(self.sums.kl_N.sum()) / tokens,
+            "agreement": compared * float(self.sums.agree_N.sum()) / tokens,
+            "agreement_top5": compared * float(self.sums.top5_N.sum()) / tokens,
         }
         finite = {key: value if math.isfinite(value) else None for key, value in known.items()}
-        return {"tokens": self.tokens, **finite}
+        return {"tokens": tokens, "windows": len(self.sums.tokens_N), **finite}
+
+
+def pooled(scores: Iterable[DomainScore]) -> DomainScore:
+    """Several domains as one, every token counting the same."""
+    found = list(scores)
+    sums = Sums.joined([score.sums for score in found])
+    tokens = sum(score.tokens for score in found)
+    bytes_per_token = sum(score.bytes_per_token * score.tokens for score in found) / tokens
+    return DomainScore(sums, all(score.compared for score in found), bytes_per_token)
 
 
 @dataclass
@@ -72,7 +115,7 @@ class Evaluation:
     """What was measured on one model.
 
     Attributes:
-        domains: sums by domain.
+        domains: by name.
         seconds: of its walk through the layers.
     """
 
@@ -81,22 +124,7 @@ class Evaluation:
 
     def total(self) -> DomainScore:
         """Over all domains, every token counting the same."""
-        total = DomainScore()
-        for score in self.domains.values():
-            total.add(score)
-        return total
-
-    def to_json(self) -> dict[str, object]:
-        """As ``moeprune evaluate --json`` prints it."""
-        overall = self.total().to_json()
-        return {
-            "domains": {name: score.to_json() for name, score in self.domains.items()},
-            "loss": overall["loss"],
-            "perplexity": overall["perplexity"],
-            "kl": overall["kl"],
-            "agreement": overall["agreement"],
-            "seconds": self.seconds,
-        }
+        return pooled(self.domains.values())
 
 
 def evaluate(
@@ -142,51 +170,83 @@ def evaluate(
             results[name].seconds = time.perf_counter() - start
             before += own
 
-        def score(index: int) -> dict[str, DomainScore]:
+        def score(index: int) -> dict[str, Sums]:
             if batches[index].ids_BL.device.type == "cpu":
                 torch.set_num_threads(1)
             return _score(index, batches[index].ids_BL, walks, teacher)
 
         device = next(iter(models.values())).device
+        sums: dict[tuple[str, str], list[Sums]] = {}
         with ThreadPoolExecutor(workers or default_workers(device)) as pool:
             for index, scores in enumerate(pool.map(score, range(len(batches)))):
-                domain = parts[index][0]
                 for name, value in scores.items():
-                    own_score = results[name].domains.setdefault(
-                        domain.name, DomainScore(bytes_per_token=domain.bytes_per_token)
-                    )
-                    own_score.add(value)
+                    sums.setdefault((name, parts[index][0].name), []).append(value)
                 progress(before + index + 1, total)
+    for name, result in results.items():
+        compared = teacher is not None and name != teacher
+        for domain in domains:
+            document_N = None if domain.document_N is None else domain.document_N.numpy()
+            joined = Sums.joined(sums[name, domain.name])
+            score_ = DomainScore(joined, compared, domain.bytes_per_token, document_N)
+            result.domains[domain.name] = score_
     return results
 
 
+def refuse_other_vocabulary(models: Mapping[str, LayeredModel]) -> int:
+    """The vocabulary that all models share.
+
+    Raises:
+        DataError: they do not.
+    """
+    found: set[int] = {text_config(model.config).vocab_size for model in models.values()}
+    if len(found) > 1:
+        raise DataError(
+            f"teacher and student have different vocabularies: {sorted(found)}",
+            "give --teacher the model that this one was made from",
+        )
+    return found.pop()
+
+
 def _rows(models: Mapping[str, LayeredModel], domain: Domain) -> int:
-    vocabularies: set[int] = {text_config(model.config).vocab_size for model in models.values()}
-    if len(vocabularies) > 1:
-        raise DataError(f"teacher and student have different vocabularies: {sorted(vocabularies)}")
-    tokens = min(_TOKENS_PER_BATCH, _LOGITS_PER_BATCH // vocabularies.pop())
-    return max(1, tokens // domain.ids_NL.shape[1])
+    return window_rows(refuse_other_vocabulary(models), domain.ids_NL.shape[1])
+
+
+def window_rows(vocabulary: int, length: int) -> int:
+    """How many windows of ``length`` tokens go together, so that their logits fit in memory."""
+    return max(1, min(_TOKENS_PER_BATCH, _LOGITS_PER_BATCH // vocabulary) // length)
 
 
 def _score(
     index: int, ids_BL: Tensor, walks: Mapping[str, Walk], teacher: str | None
-) -> dict[str, DomainScore]:
+) -> dict[str, Sums]:
     """All models on one batch."""
-    reference: _Reference | None = None
+    reference: Reference | None = None
     scores = {}
     names = sorted(walks, key=lambda name: name != teacher)  # the teacher first
     for name in names:
         logits_BLV = walks[name].logits_of(index)[:, :-1]
         if name == teacher:
-            reference = _Reference.of(logits_BLV)
-        score = DomainScore(ids_BL[:, 1:].numel())
-        for at, logp_nV in _log_softmax(logits_BLV):
-            target_n1 = ids_BL[at[0], 1:][at[1], None].to(logp_nV.device)
-            score.nll -= float(logp_nV.gather(-1, target_n1).double().sum())
-            if reference is not None and name != teacher:
-                reference.compare(at, logp_nV, score)
-        scores[name] = score
+            reference = Reference.of(logits_BLV)
+        scores[name] = window_sums(logits_BLV, ids_BL, reference if name != teacher else None)
     return scores
+
+
+def window_sums(logits_BLV: Tensor, ids_BL: Tensor, reference: Reference | None) -> Sums:
+    """What the logits of one batch say of its windows.
+
+    Args:
+        logits_BLV: of every position but the last.
+        ids_BL: the tokens.
+        reference: what the teacher says, if there is one.
+    """
+    sums = Sums.zeros(len(ids_BL))
+    sums.tokens_N += ids_BL.shape[1] - 1
+    for at, logp_nV in _log_softmax(logits_BLV):
+        target_n1 = ids_BL[at[0], 1:][at[1], None].to(logp_nV.device)
+        sums.nll_N[at[0]] -= float(logp_nV.gather(-1, target_n1).double().sum())
+        if reference is not None:
+            reference.compare(at, logp_nV, sums)
+    return sums
 
 
 _At = tuple[int, slice]
@@ -202,7 +262,7 @@ def _log_softmax(logits_BLV: Tensor) -> Iterator[tuple[_At, Tensor]]:
 
 
 @dataclass
-class _Reference:
+class Reference:
     """What the teacher says of one batch."""
 
     logp_BLV: Tensor
@@ -210,16 +270,19 @@ class _Reference:
     best_BL: Tensor
 
     @classmethod
-    def of(cls, logits_BLV: Tensor) -> _Reference:
+    def of(cls, logits_BLV: Tensor) -> Reference:
         """Its log-probabilities, probabilities and first choices."""
         logp_BLV = torch.empty_like(logits_BLV, dtype=torch.float32)
         for at, logp_nV in _log_softmax(logits_BLV):
             logp_BLV[at] = logp_nV
         return cls(logp_BLV, logp_BLV.exp(), logp_BLV.argmax(-1))
 
-    def compare(self, at: _At, logp_nV: Tensor, score: DomainScore) -> None:
+    def compare(self, at: _At, logp_nV: Tensor, sums: Sums) -> None:
         """Add KL(teacher || student) and agreement at some positions."""
         gap_nV = self.logp_BLV[at] - logp_nV
         kl_n = torch.linalg.vecdot(self.p_BLV[at], gap_nV)
-        score.kl = (score.kl or 0.0) + float(kl_n.double().sum())
-        score.agree = (score.agree or 0) + int((self.best_BL[at] == logp_nV.argmax(-1)).sum())
+        best_n1 = self.best_BL[at][:, None]
+        above_n = (logp_nV > logp_nV.gather(-1, best_n1)).sum(-1)
+        sums.kl_N[at[0]] += float(kl_n.double().sum())
+        sums.agree_N[at[0]] += int((best_n1[:, 0] == logp_nV.argmax(-1)).sum())
+        sums.top5_N[at[0]] += int((above_n < TOP).sum())

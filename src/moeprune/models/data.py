@@ -13,6 +13,8 @@ import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from importlib.resources import files as resource_files
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,15 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from moeprune.core.served import WATCHED
-from moeprune.errors import DataError
+from moeprune.errors import DataError, nearest
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.documents import PREFIX as DATASET
+from moeprune.models.documents import Dataset, document_text
 from moeprune.models.native import quiet_transformers
 from moeprune.models.walk import Batch
+
+SAMPLES = "teacher-samples"
+"""A source that only recovery can make."""
 
 TOKENS_PER_BATCH = 4096
 """Fixed, so that results do not depend on the machine."""
@@ -40,11 +47,13 @@ class Domain:
         name: for tables.
         ids_NL: token ids, one sequence a row.
         bytes_per_token: of the text that the tokens came from.
+        document_N: the document in the middle of each sequence; None if all is one document.
     """
 
     name: str
     ids_NL: Tensor
     bytes_per_token: float
+    document_N: Tensor | None = None
 
 
 def demo_text(kind: str) -> dict[str, Path]:
@@ -55,32 +64,58 @@ def demo_text(kind: str) -> dict[str, Path]:
 
 
 def parse_sources(sources: Sequence[str], kind: str) -> dict[str, Path]:
-    """``name=path`` or ``path`` per source; none takes the embedded text of ``kind``.
+    """``find_sources`` where only files will do.
+
+    Raises:
+        DataError: as there, or one is a dataset.
+    """
+    found = find_sources(sources, kind)
+    for source in found.values():
+        if isinstance(source, Dataset):
+            raise DataError(f"{source} is not a file", "write its text as JSONL first")
+    return {name: source for name, source in found.items() if isinstance(source, Path)}
+
+
+def find_sources(sources: Sequence[str], kind: str) -> dict[str, Path | Dataset]:
+    """``name=`` or nothing, then a path or a dataset; none takes the embedded text of ``kind``.
 
     Raises:
         DataError: a file does not exist, or two sources share a name.
     """
     if not sources:
-        return demo_text(kind)
-    found: dict[str, Path] = {}
+        return dict(demo_text(kind))
+    found: dict[str, Path | Dataset] = {}
     for source in sources:
-        name, separator, path = source.partition("=")
-        if not separator or Path(source).is_file():  # a path may have an = in it
-            name, path = Path(source).name.split(".", 1)[0], source
-        file = Path(path)
-        if not file.is_file():
-            raise DataError(
-                f"no such text file: {file}",
-                "give JSONL with a 'text' field a line, or plain text: --data english=file.jsonl",
-            )
+        name, made = _source(source)
         if name in found:
             raise DataError(f"two sources are called {name!r}", "name them: --data a=x --data b=y")
-        found[name] = file
+        found[name] = made
     return found
 
 
-def read_documents(file: Path) -> Iterator[str]:
+def _source(source: str) -> tuple[str, Path | Dataset]:
+    """The name of a source, and what it is."""
+    name, separator, path = source.partition("=")
+    if not separator or Path(source).is_file() or source.startswith(DATASET):
+        name, path = "", source  # a path may have an = in it
+    if path.startswith(DATASET):
+        dataset = Dataset.parse(path)
+        return name or dataset.domain, dataset
+    file = Path(path)
+    if path.partition(":")[0] == SAMPLES and not file.is_file():
+        raise DataError(f"{path} is text for moeprune recover, of the whole model", "give a file")
+    if not file.is_file():
+        raise DataError(
+            f"no such text file: {file}",
+            "give JSONL with a 'text' field a line, or plain text: --data english=file.jsonl",
+        )
+    return name or file.name.split(".", 1)[0], file
+
+
+def read_documents(file: Path, tokenizer: Any = None) -> Iterator[str]:
     """Documents of a JSONL file (``text`` field), optionally gzipped, or one plain text file.
+
+    A line with ``messages`` is a conversation, which the tokenizer's chat template renders.
 
     Raises:
         DataError: a line is not JSON with a text, or the file is not UTF-8.
@@ -95,16 +130,19 @@ def read_documents(file: Path) -> Iterator[str]:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
-                yield _text_of(line, f"{file}, line {number}")
+                yield _text_of(line, f"{file}, line {number}", tokenizer)
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: {error}", "convert it to UTF-8") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file} is damaged or not gzip: {error}", "compress it again") from error
 
 
-def _text_of(line: str, where: str) -> str:
+def _text_of(line: str, where: str, tokenizer: Any) -> str:
     try:
-        text = json.loads(line)["text"]
+        record = json.loads(line)
+        if isinstance(record, dict) and "text" not in record and "messages" in record:
+            return document_text(record, tokenizer, where)
+        text = record["text"]
         if not isinstance(text, str):
             raise TypeError("not a string")
         text.encode()  # JSON can spell halves of characters
@@ -139,7 +177,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def tokenise(tokenizer: Any, name: str, file: Path, length: int, most: int | None = None) -> Domain:
+def tokenise(
+    tokenizer: Any, name: str, file: Path | Dataset, length: int, most: int | None = None
+) -> Domain:
     """All whole sequences of ``length`` tokens in a file; at most ``most`` from its beginning.
 
     Documents follow each other, each started by the tokenizer's beginning-of-sequence token, or
@@ -151,12 +191,16 @@ def tokenise(tokenizer: Any, name: str, file: Path, length: int, most: int | Non
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
     ids: list[int] = []
+    ends: list[int] = []
     size = 0
-    for text in read_documents(file):
+    read = file.documents if isinstance(file, Dataset) else partial(read_documents, file)
+    for text in read(tokenizer):
         if most is not None and len(ids) >= most * length:
             break
         new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += ([] if start is None else [start]) + new
+        # a chat template may have begun with it
+        ids += ([] if start is None or new[:1] == [start] else [start]) + new
+        ends.append(len(ids))
         size += len(text.encode())
     if len(ids) < length:
         what = "is empty" if not size else f"has {len(ids)} tokens, shorter than one sequence"
@@ -166,26 +210,68 @@ def tokenise(tokenizer: Any, name: str, file: Path, length: int, most: int | Non
         )
     count = min(len(ids) // length, most or len(ids))
     table = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
-    return Domain(name, table, size / len(ids))
+    middle_N = torch.arange(count) * length + length // 2
+    document_N = torch.searchsorted(torch.tensor(ends), middle_N, right=True)
+    one = len(ends) < 2
+    return Domain(name, table, size / len(ids), None if one else document_N)
 
 
 def load_domains(
-    tokenizer: Any, sources: Mapping[str, Path], length: int, most: int | None = None
+    tokenizer: Any,
+    sources: Mapping[str, Path | Dataset],
+    length: int,
+    most: int | None = None,
+    pool: int | None = None,
 ) -> list[Domain]:
-    """``tokenise`` every source, in order of name."""
-    return [tokenise(tokenizer, name, sources[name], length, most) for name in sorted(sources)]
+    """``tokenise`` every source, in order of name; of a dataset at most ``pool`` sequences."""
+    return [
+        tokenise(
+            tokenizer,
+            name,
+            source,
+            length,
+            most if isinstance(source, Path) else most or pool or None,
+        )
+        for name, source in sorted(sources.items(), key=lambda item: item[0])
+    ]
 
 
-def draw(domains: Sequence[Domain], sequences: int, seed: int) -> list[Domain]:
-    """``sequences`` in all, as equally from every domain as they have them; seeded."""
+def shares(names: Sequence[str], sequences: int, mix: Mapping[str, float]) -> list[int]:
+    """How many sequences each domain gives, in proportion to its weight; 1 where none is given.
+
+    What is left after rounding down goes to the largest fractions, of equal ones to the first.
+
+    Raises:
+        DataError: a weight of an unknown domain, or of all of them 0.
+    """
+    for name in mix:
+        if name not in names:
+            raise DataError(f"--mix: no text is called {name!r}", nearest(name, names))
+    weights = [mix.get(name, 1.0) for name in names]
+    total = sum(weights)
+    if not total > 0:
+        raise DataError("--mix gives every domain a weight of 0")
+    exact = [Fraction(weight) * sequences / Fraction(total) for weight in weights]
+    counts = [int(part) for part in exact]
+    order = sorted(range(len(names)), key=lambda i: (counts[i] - exact[i], i))
+    for place in order[: sequences - sum(counts)]:
+        counts[place] += 1
+    return counts
+
+
+def draw(
+    domains: Sequence[Domain], sequences: int, seed: int, mix: Mapping[str, float] | None = None
+) -> list[Domain]:
+    """``sequences`` in all, seeded; equally from every domain or by weight, as far as they go."""
     drawn = []
-    for position, domain in enumerate(domains):
-        share = sequences // len(domains) + (position < sequences % len(domains))
+    wanted = shares([domain.name for domain in domains], sequences, mix or {})
+    for domain, share in zip(domains, wanted, strict=True):
         count = min(share, len(domain.ids_NL))
         rows = sorted(
             random.Random(f"{seed}:{domain.name}").sample(range(len(domain.ids_NL)), count)
         )
-        drawn.append(Domain(domain.name, domain.ids_NL[rows], domain.bytes_per_token))
+        document_N = None if domain.document_N is None else domain.document_N[rows]
+        drawn.append(Domain(domain.name, domain.ids_NL[rows], domain.bytes_per_token, document_N))
     return [domain for domain in drawn if len(domain.ids_NL)]
 
 

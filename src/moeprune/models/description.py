@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -81,6 +82,16 @@ def selection(site: MoESite, config: Any) -> str:
     if any("hash" in str(kind) for kind in kinds):
         parts.append("(by token id in some layers)")
     return " ".join(parts)
+
+
+def idle_parameters(sites: Iterable[MoESite]) -> int:
+    """Weights of routed experts that one token leaves out, at least.
+
+    A token goes through K of the E experts that have weights, or through all of them where fewer
+    are left. Through fewer it goes where it chose novices, or several that one expert answers for.
+    """
+    shapes = [site.shape for site in sites]
+    return sum(max(0, s.experts - s.top_k) * s.expert_parameters for s in shapes)
 
 
 def shared_parameters(model: nn.Module, site: MoESite) -> int:

@@ -143,9 +143,10 @@ class Lockstep:
 
     def run(
         self,
-        collect: Callable[[int], Collector] | None = None,
+        collect: Callable[[int], Collector | None] | None = None,
         finished: Callable[[Job], None] = lambda job: None,
         window: int = 0,
+        jobs: Sequence[Job] | None = None,
     ) -> None:
         """Run the layer at which all batches stand.
 
@@ -153,6 +154,7 @@ class Lockstep:
             collect: makes the collector of a batch when it starts; None observes nothing.
             finished: called in order of batches.
             window: batches that have started and are not yet ``finished``, at most; 0 is no limit.
+            jobs: the batches that run; None runs all.
         """
 
         def compute(job: Job) -> Job:
@@ -161,7 +163,7 @@ class Lockstep:
             return job
 
         started: deque[Future[Job]] = deque()
-        for job in self.jobs:
+        for job in self.jobs if jobs is None else jobs:
             started.append(self._pool.submit(compute, job))
             if len(started) == window:
                 finished(started.popleft().result())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,22 @@ def edit_in_memory(model: LayeredModel, site: MoESite, layer: LayerPlan) -> None
         _edit(model, site, layer)
 
 
+@contextmanager
+def trying(model: LayeredModel, site: MoESite, layer: LayerPlan) -> Iterator[None]:
+    """Do to a loaded layer what ``layer`` says while the block lasts; then it is as it was.
+
+    Its own weights stay in memory beside the new ones.
+    """
+    with model.changing:
+        restore = snapshot(model.layers[site.shape.layer], weights=True)
+    try:
+        edit_in_memory(model, site, layer)
+        yield
+    finally:
+        with model.changing:
+            restore()
+
+
 def _edit(model: LayeredModel, site: MoESite, layer: LayerPlan) -> None:
     model.when_freed(site.shape.layer, snapshot(model.layers[site.shape.layer]))
     matrices = _new_matrices(site, layer)
@@ -80,12 +97,15 @@ def _edit(model: LayeredModel, site: MoESite, layer: LayerPlan) -> None:
         answer(site.experts, layer, model.device)
 
 
-def snapshot(layer: nn.Module) -> Callable[[], None]:
-    """What brings a layer's sizes, counts and classes back; its weights come back on meta."""
+def snapshot(layer: nn.Module, weights: bool = False) -> Callable[[], None]:
+    """What brings a layer's sizes, counts and classes back.
+
+    Its weights come back on meta, or with ``weights`` as they are: they stay in memory for it.
+    """
     saved = []
     for module in layer.modules():
-        shapes = {  # not the weights themselves: they would stay in memory
-            name: None if p is None else torch.empty_like(p, device="meta")
+        shapes = {
+            name: p if p is None or weights else torch.empty_like(p, device="meta")
             for name, p in module._parameters.items()
         }
         saved.append((module, type(module), dict(vars(module)), shapes, dict(module._buffers)))

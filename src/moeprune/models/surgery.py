@@ -23,6 +23,8 @@ from moeprune.models.byte_exact import (
     refuse_changes,
     refuse_dequantize,
 )
+from moeprune.models.card import write_card
+from moeprune.models.card_metadata import CARD, license_of
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_plan
 from moeprune.models.depth import Shallower
@@ -32,6 +34,7 @@ from moeprune.models.generated import (
 )
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
+from moeprune.models.repeat import repeat_command
 from moeprune.models.width import new_width
 from moeprune.models.writer import Piece, write_shards
 
@@ -74,17 +77,20 @@ def apply_plan(
         # raw JSON, edited: vendors' own key names stay
         (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         for file in others:
-            if file.name not in (PROVENANCE, PLAN_COPY, *REPORT_FILES, *CODE_FILES):
+            if file.name not in (PROVENANCE, PLAN_COPY, CARD, *REPORT_FILES, *CODE_FILES):
                 shutil.copyfile(file, work / file.name)
         if editor.code is not None:
             for name, text in editor.code.files.items():
                 (work / name).write_text(text, encoding="utf-8")
         sizes = editor.sizes(pieces)
-        plan_bytes = json_bytes(plan.to_json(None))
+        plan_json = plan.to_json(None)
+        plan_bytes = json_bytes(plan_json)
         (work / PLAN_COPY).write_bytes(plan_bytes)
-        (work / PROVENANCE).write_bytes(
-            json_bytes(_provenance(checkpoint, plan, plan_bytes, sizes, editor.dequantized))
-        )
+        record = _provenance(checkpoint, plan, plan_bytes, sizes, editor.dequantized)
+        record["command"] = repeat_command(plan, writing)
+        record = _with_steps(checkpoint, record)
+        (work / PROVENANCE).write_bytes(json_bytes(record))
+        write_card(work, checkpoint, record, plan_json)
     return sizes
 
 
@@ -140,8 +146,8 @@ def _editor(model: LayeredModel, plan: Plan, writing: Writing) -> Editor:
 
 def _provenance(
     checkpoint: Checkpoint, plan: Plan, plan_bytes: bytes, sizes: Sizes, dequantized: str | None
-) -> Any:
-    made = {
+) -> dict[str, Any]:
+    return {
         "format": PROVENANCE_FORMAT,
         "base": dict(plan.model),
         "base_fingerprint": checkpoint.fingerprint,
@@ -152,6 +158,7 @@ def _provenance(
         "plan_sha256": sha256_bytes(plan_bytes),
         "statistics": dict(plan.statistics),
         "versions": dict(plan.versions),
+        "licence": license_of(checkpoint.path),
         "experts": list(sizes.experts),
         "parameters": list(sizes.parameters),
         "nonzero_parameters": list(sizes.nonzero),
@@ -160,6 +167,9 @@ def _provenance(
         "attached": dict(sizes.attached),
         **({"dropped_layers": list(plan.drop_layers)} if plan.drop_layers else {}),
     }
+
+
+def _with_steps(checkpoint: Checkpoint, made: dict[str, Any]) -> dict[str, Any]:
     before = steps_of(checkpoint.path)
     return made | ({"steps": [*before, step_of(made)]} if before else {})
 
@@ -168,9 +178,11 @@ def step_of(made: Mapping[str, Any]) -> dict[str, Any]:
     """What a later step repeats of an earlier one, in a list from the original on."""
     keys = (
         "base_fingerprint", "method", "options", "budget", "seed", "plan_sha256", "statistics",
-        "versions", "experts", "parameters", "nonzero_parameters", "tensor_bytes",
+        "versions", "experts", "parameters", "nonzero_parameters", "tensor_bytes", "command",
     )  # fmt: skip
-    return {key: made.get(key) for key in keys}
+    base = made.get("base")
+    name = base.get("name") if isinstance(base, Mapping) else None
+    return {"base_name": name, **{key: made.get(key) for key in keys}}
 
 
 def steps_of(directory: Path) -> list[dict[str, Any]]:

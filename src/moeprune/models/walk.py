@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -128,26 +128,66 @@ class Walk:
                 returns True it has changed them, and the layer runs again before the next one.
             stream: gets the residual stream of all batches before every layer, and after the last.
         """
+        for index in self.standing():
+            if stream is not None:
+                stream([job.entered for job in self._lockstep.jobs])
+            self._run(index, needs, visit)
+            if index + 1 == len(self.model.layers) and stream is not None:
+                stream([job.output for job in self._lockstep.jobs])
+
+    def standing(self) -> Generator[int, None, None]:
+        """Every decoder layer in turn: its weights are in memory and all batches stand before it.
+
+        Whoever iterates computes the layer, with ``run`` for example, before going on.
+        """
         following: Future[None] = self._loader.submit(self._load, 0)
         for index in range(len(self.model.layers)):
             following.result()
             if index + 1 < len(self.model.layers):
                 following = self._loader.submit(self._load, index + 1)
-            if stream is not None:
-                stream([job.entered for job in self._lockstep.jobs])
-            site = self.model.sites.get(index)
-            if site is None or not needs:
-                self._lockstep.run(finished=lambda job: self._step())
-            else:
-                statistics = self._observe(site, needs)
-                if visit is not None and visit(site, statistics):
-                    self._lockstep.run()
+            yield index
             if index + 1 < len(self.model.layers):
                 self._lockstep.advance()  # past the last layer only when logits are asked for
-            elif stream is not None:
-                stream([job.output for job in self._lockstep.jobs])
             self.model.free_layer(index)
             _return_memory()
+
+    def _run(
+        self,
+        index: int,
+        needs: Sequence[str],
+        visit: Callable[[MoESite, LayerStatistics], bool] | None,
+    ) -> None:
+        """One layer, which is in memory."""
+        site = self.model.sites.get(index)
+        if site is None or not needs:
+            self._lockstep.run(finished=lambda job: self._step())
+        else:
+            statistics = self._observe(site, needs)
+            if visit is not None and visit(site, statistics):
+                self._lockstep.run()
+
+    def run(self, begin: Callable[[int], None] = lambda index: None) -> None:
+        """Compute the layer at which all batches stand, again if it was computed before.
+
+        Args:
+            begin: told a batch's index, in the thread that computes it, before it does.
+        """
+
+        def collect(index: int) -> None:
+            begin(index)
+
+        self._lockstep.run(collect)
+
+    def rerun(self, index: int) -> Tensor:
+        """Compute the layer for one batch, [B, L, H]."""
+        self._lockstep.jobs[index].compute()
+        return self.output(index)
+
+    def output(self, index: int) -> Tensor:
+        """What the layer made of a batch when it was computed last, [B, L, H]."""
+        found = self._lockstep.jobs[index].output
+        tensor: Tensor = found if isinstance(found, Tensor) else found[0]
+        return tensor
 
     def _load(self, index: int) -> None:
         torch.set_num_threads(1)  # this thread's copies; the batches' threads have the other cores
@@ -199,13 +239,21 @@ class Walk:
 
         def merge(job: Job) -> None:
             assert job.collector is not None
+            self._collected(site, job.index, job.collector.statistics)
             total.merge(job.collector.statistics)
             job.collector = None
             step()
 
         with observed(site, total.needs_router):
-            self._lockstep.run(collect, merge, window)
+            self._lockstep.run(collect, merge, window, self._observed_jobs())
         return total
+
+    def _collected(self, site: MoESite, index: int, statistics: LayerStatistics) -> None:
+        """Called with the sums of every batch before they are added up."""
+
+    def _observed_jobs(self) -> Sequence[Job] | None:
+        """The batches that are observed; None observes all."""
+        return None
 
     def logits(self, finished: Callable[[int, Tensor], None]) -> None:
         """Final norm and head; ``finished`` gets each batch's index and logits [B, L, V]."""

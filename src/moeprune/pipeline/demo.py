@@ -12,15 +12,17 @@ from moeprune.core.accumulators import LIGHT
 from moeprune.core.budget import Budget
 from moeprune.core.plan import Plan
 from moeprune.evaluation.perplexity import Evaluation
-from moeprune.evaluation.perplexity import evaluate as evaluate_models
+from moeprune.evaluation.summary import against, summary
 from moeprune.files import json_bytes, new_directory, refuse_existing
 from moeprune.models.checkpoint import DEMO, Checkpoint
-from moeprune.models.data import load_tokenizer
+from moeprune.models.data import describe, load_tokenizer
 from moeprune.models.editing import Sizes
 from moeprune.models.loading import LayeredModel
 from moeprune.models.store import StatisticsStore, versions, write_plan
 from moeprune.pipeline import facts, stages
 from moeprune.pipeline.atlas import atlas, routing
+from moeprune.pipeline.cards import write_measured
+from moeprune.pipeline.evaluating import measure
 from moeprune.pipeline.inputs import (
     Compute,
     Progress,
@@ -30,6 +32,8 @@ from moeprune.pipeline.inputs import (
     silent,
 )
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
+from moeprune.pipeline.sample import DEMO_PAIRS, with_sample
+from moeprune.pipeline.seen import seen_domains
 from moeprune.report.html import render_report
 
 RESULT = "demo.json"
@@ -75,6 +79,7 @@ def demo(
     force: bool = False,
     command: str = "moeprune demo",
     progress: Progress = silent,
+    pairs: int = DEMO_PAIRS,
 ) -> dict[str, Any]:
     """Compress the embedded model in several ways; write checkpoints, plans and a report.
 
@@ -93,6 +98,7 @@ def demo(
         for cell in cells:
             done[cell.name] = _compress(cell, work, compute, progress)
         scores = _measure(done, work, heldout, compute, progress)
+        rows = [_row(name, one, scores, heldout, out) for name, one in done.items()]
         result = {
             "format": "moeprune.run/1",
             "command": command,
@@ -103,7 +109,7 @@ def demo(
             },
             "usage": facts.usage(store),
             "atlas": _atlas(store, done, work, text, compute, progress),
-            "rows": [_row(name, one, scores[name], out) for name, one in done.items()],
+            "rows": with_sample(rows, work, pairs, compute, progress),
             "warnings": [],
             "versions": versions(),
             "seconds": round(time.perf_counter() - begin, 2),
@@ -149,15 +155,16 @@ def _measure(
     done: dict[str, _Done], work: Path, heldout: Text, compute: Compute, progress: Progress
 ) -> dict[str, Evaluation]:
     """All models on the same held-out windows."""
-    scores = evaluate_models(
-        _open(done, work, compute),
-        read_heldout(Checkpoint.open(DEMO), heldout),
-        _ORIGINAL,
-        compute.workers,
-        lambda steps, total: progress("evaluating", steps, total),
-    )
+    models = _open(done, work, compute)
+    domains = read_heldout(Checkpoint.open(DEMO), heldout)
+    scores = measure(models, domains, _ORIGINAL, compute, progress)
     for name, evaluation in scores.items():
         done[name].seconds["evaluate"] = evaluation.seconds
+        if name != _ORIGINAL:
+            dtype = str(models[name].dtype).removeprefix("torch.")
+            told = {"teacher": DEMO, "dtype": dtype, "data": describe(domains)}
+            both = (evaluation, scores[_ORIGINAL])
+            write_measured(work / name, told | summary(*both, seen_domains(work / name)))
     return scores
 
 
@@ -189,8 +196,10 @@ def _model_facts() -> dict[str, Any]:
     return {"name": DEMO, **{key: found[key] for key in (*keys, "fingerprint")}}
 
 
-def _row(name: str, done: _Done, evaluation: Evaluation, out: Path) -> dict[str, Any]:
-    measured = evaluation.to_json()
+def _row(
+    name: str, done: _Done, scores: Mapping[str, Evaluation], heldout: Text, out: Path
+) -> dict[str, Any]:
+    evaluation = scores[name]
     total = evaluation.total().to_json()
     plan = done.plan
     return {
@@ -206,9 +215,14 @@ def _row(name: str, done: _Done, evaluation: Evaluation, out: Path) -> dict[str,
         "perplexity": {
             domain: score.to_json()["perplexity"] for domain, score in evaluation.domains.items()
         },
-        "loss": measured["loss"],
+        "loss": total["loss"],
         "kl": total["kl"],
         "agreement": total["agreement"],
+        **(
+            {"against": against(evaluation, scores[_ORIGINAL], heldout.sequences)}
+            if name != _ORIGINAL
+            else {}
+        ),
         "seconds": {key: round(value, 3) for key, value in done.seconds.items()},
         "peak_memory_bytes": done.peak,
         "path": None if plan is None else str(out / name),

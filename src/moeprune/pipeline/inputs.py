@@ -22,6 +22,9 @@ Progress = Callable[[str, int, int], None]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_POOL = 4
+"""A dataset may have no end: sequences are drawn from the first so many times those wanted."""
+
 
 def silent(what: str, done: int, total: int) -> None:
     """No progress."""
@@ -32,16 +35,19 @@ class Text:
     """What to read, for calibration or evaluation.
 
     Attributes:
-        sources: ``name=path`` or ``path``; none takes the embedded text.
+        sources: ``path`` or ``dataset:NAME[:CONFIG][:SPLIT][#FIELD]``, or either after ``name=``;
+            none takes the embedded text.
         sequences: how many in all (calibration), or per domain (evaluation).
         length: tokens per sequence; clipped to what the model was built for.
         seed: of the draw.
+        mix: weights of domains in the draw, for calibration; 1 where none is given.
     """
 
     sources: tuple[str, ...] = ()
     sequences: int = 128
     length: int = 2048
     seed: int = 0
+    mix: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,8 @@ def read_calibration(checkpoint: Checkpoint, text: Text) -> list[data.Domain]:
     """
     if text.sequences < 1:
         raise DataError(f"--sequences must be at least 1 (got {text.sequences})")
-    return data.draw(_read(checkpoint, text, "calibration"), text.sequences, text.seed)
+    domains = _read(checkpoint, text, "calibration")
+    return data.draw(domains, text.sequences, text.seed, dict(text.mix))
 
 
 def _read(
@@ -124,12 +131,13 @@ def _read(
 ) -> list[data.Domain]:
     if text.length < 2:
         raise DataError(f"--length must be at least 2 (got {text.length})")
-    sources = data.parse_sources(text.sources, kind)
+    sources = data.find_sources(text.sources, kind)
     part = checkpoint.config.get("text_config")
     config = part if isinstance(part, dict) else checkpoint.config
     limit = config.get("max_position_embeddings")
     length = min(text.length, limit) if isinstance(limit, int) and limit > 1 else text.length
-    domains = data.load_domains(data.load_tokenizer(checkpoint), sources, length, most)
+    tokenizer, pool = data.load_tokenizer(checkpoint), _POOL * text.sequences
+    domains = data.load_domains(tokenizer, sources, length, most, pool)
     highest, known = max(int(d.ids_NL.max()) for d in domains), config.get("vocab_size")
     if isinstance(known, int) and highest >= known:
         raise DataError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from moeprune.models.abilities import abilities
 from moeprune.models.checkpoint import Checkpoint, ConfigOnly, is_weights
-from moeprune.models.description import routing_kind, selection, shared_parameters
+from moeprune.models.description import idle_parameters, routing_kind, selection, shared_parameters
 from moeprune.models.layout import refuse
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
@@ -86,10 +86,9 @@ def _parameters(model: LayeredModel, numel: int) -> dict[str, int]:
         return {}
     shapes = [site.shape for site in model.sites.values()]
     routed = sum(shape.experts * shape.expert_parameters for shape in shapes)
-    idle = sum((shape.experts - shape.top_k) * shape.expert_parameters for shape in shapes)
     shared = sum(shared_parameters(model.model, site) for site in model.sites.values())
     return {
-        "active_parameters": numel - idle,
+        "active_parameters": numel - idle_parameters(model.sites.values()),
         "expert_parameters": routed,
         "shared_expert_parameters": shared,
     }

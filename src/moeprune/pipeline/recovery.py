@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from moeprune.pipeline.inputs import (
     refuse_source,
 )
 from moeprune.pipeline.inputs import silent as quiet
+from moeprune.pipeline.teacher_samples import with_samples
 from moeprune.recovery.pairing import check_teacher, made_from, provenance
 from moeprune.recovery.session import Session
 from moeprune.recovery.state import StateFolder
@@ -54,6 +55,8 @@ class Recovered:
         zeros: weights that were kept at zero.
         seconds: of training.
         ended: why it ended.
+        layers: layer by layer, what was done in each: ``layer``, ``before`` and ``after`` (errors
+            on held-out tokens), ``best_step``, ``steps``, ``ended``, ``seconds``.
     """
 
     path: Path
@@ -67,6 +70,7 @@ class Recovered:
     zeros: int
     seconds: float
     ended: str
+    layers: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As the command prints it."""
@@ -76,6 +80,7 @@ class Recovered:
             "held": None if self.held is None else list(self.held),
             "gradients": dict(self.gradients),
             "changed": {name: list(counts) for name, counts in self.changed.items()},
+            "layers": [dict(layer) for layer in self.layers],
         }
 
 
@@ -94,6 +99,7 @@ def recover(
     force: bool = False,
     listen: Listen = ignore,
     progress: Progress = quiet,
+    processes: int = 1,
 ) -> Recovered:
     """Train a pruned checkpoint and write it again, with the same files, names, types and zeros.
 
@@ -111,18 +117,35 @@ def recover(
         force: replace an existing output, and forget a run that was cut.
         listen: told after every step.
         progress: as in the other stages.
+        processes: how many share the layers, layer by layer with ``dense-inputs``; the result is
+            the same.
 
     Raises:
         MoepruneError: anything the user can mend; the output is there whole or not at all.
     """
     made = training(chosen) if isinstance(chosen, str) else chosen
     out = Path(out)
+    if made.layerwise:
+        from moeprune.pipeline.layerwise import recover_layers  # noqa: PLC0415  it needs this one
+
+        return recover_layers(
+            source, teacher, out, made, text, compute, resume, force, listen, progress, processes
+        )
+    if processes != 1:
+        raise MoepruneError(
+            "--processes is for training layer by layer",
+            "add --layerwise --target dense-inputs, or use accelerate launch",
+        )
     folder = StateFolder(out)
     accelerator = open_accelerator(compute.device == "cpu", made)
     _refuse_output(out, folder, resume, force)
     student = _student(source, out, compute)
     record = provenance(student)
     master = _teacher(student, teacher, out, made, compute)
+    writes = accelerator.is_main_process
+    told_dtype = replace(compute, dtype=made.dtype)
+    text = with_samples(text, student, master, folder, told_dtype, writes, progress)
+    accelerator.wait_for_everyone()
     domains = read_calibration(student, text)
     facts = data.describe(domains)
     header = {
@@ -134,7 +157,7 @@ def recover(
     if resume:
         _refuse_other_run(folder, header)
     elif accelerator.is_main_process:
-        folder.delete()
+        folder.clear()
     accelerator.wait_for_everyone()
     with ExitStack() as stack:
         device = accelerator.device if compute.device == "cpu" else torch.device(compute.device)
@@ -151,7 +174,8 @@ def recover(
                 **{key: value for key, value in result.to_json().items() if key != "path"},
                 "versions": versions(),
             }
-            _write(session, out, record, told, folder, force, progress)
+            with folder.writing():
+                _write(session, out, record, told, folder, force, progress)
             folder.delete()
         accelerator.wait_for_everyone()
     return result
@@ -202,10 +226,8 @@ def _result(session: Session, out: Path, done: Run) -> Recovered:
 def _refuse_output(out: Path, folder: StateFolder, resume: bool, force: bool) -> None:
     refuse_existing(out, force)
     if folder.exists() and not (resume or force):
-        numbers = folder.numbers()
-        step = 0 if numbers is None else numbers["progress"]["step"]
         raise OutputError(
-            f"a run for {out} was cut after step {step}: {folder.path}",
+            f"a run for {out} was cut after {folder.reached()}: {folder.path}",
             "go on with --resume, or begin again with --force",
         )
 

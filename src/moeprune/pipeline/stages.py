@@ -12,22 +12,19 @@ from moeprune.core.constraints import Constraints
 from moeprune.core.method import Method, make_method
 from moeprune.core.plan import Plan
 from moeprune.core.targets import Target
-from moeprune.evaluation.perplexity import evaluate as evaluate_models
 from moeprune.files import refuse_existing
-from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Sizes, Writing
 from moeprune.models.store import read_plan
 from moeprune.models.store import write_plan as save_plan
 from moeprune.models.surgery import apply_plan
 from moeprune.pipeline.calibration import calibrate
+from moeprune.pipeline.evaluating import evaluate
 from moeprune.pipeline.inputs import (
     Compute,
     Progress,
     Source,
     Text,
-    model_name,
-    read_heldout,
     refuse_source,
     silent,
 )
@@ -145,39 +142,3 @@ def prune(  # noqa: PLR0913  (what calibrate, plan and apply take, together)
     if witness is not None:
         witness.write(Path(out), steps.done)
     return Pruned(done.plan, done.sizes, done.seconds, steps.peak)
-
-
-def evaluate(
-    source: Source,
-    teacher: Source | None = None,
-    text: Text = Text(sequences=64, length=256),
-    compute: Compute = Compute(),
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Held-out perplexity per domain and, against a teacher, mean KL and top-1 agreement.
-
-    ``text.sequences`` is per domain here; 0 takes all.
-
-    Raises:
-        MoepruneError: anything the user can mend.
-    """
-    checkpoint = Checkpoint.open(source, compute.trust_remote_code)
-    models = {"model": compute.open(checkpoint)}
-    if teacher is not None:
-        models["teacher"] = compute.open(Checkpoint.open(teacher, compute.trust_remote_code))
-    domains = read_heldout(checkpoint, text)
-    results = evaluate_models(
-        models,
-        domains,
-        "teacher" if teacher is not None else None,
-        compute.workers,
-        lambda done, total: progress("evaluating", done, total),
-    )
-    return {
-        "format": "moeprune.evaluation/1",
-        "model": model_name(source),
-        "teacher": None if teacher is None else model_name(teacher),
-        "data": data.describe(domains),
-        "dtype": str(models["model"].dtype).removeprefix("torch."),
-        **results["model"].to_json(),
-    }

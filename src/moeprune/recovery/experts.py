@@ -7,7 +7,7 @@ experts, T tokens, n tokens of one expert, K selected, H width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +33,7 @@ class Pair:
 
     Attributes:
         teacher: the teacher's experts module.
-        groups: for each expert of the student, those of the teacher.
+        groups: for each expert of the student, those of the teacher with their shares.
         stream: whether the teacher's own inputs are compared.
         seen: input [T, H] and choice [T, K] of the teacher, in stream mode.
         error_E: of the last forward, the sum over tokens of the mean squared difference.
@@ -41,7 +41,7 @@ class Pair:
     """
 
     teacher: Any
-    groups: tuple[tuple[int, ...], ...]
+    groups: tuple[Mapping[int, float], ...]
     stream: bool
     seen: tuple[Tensor, Tensor] | None = None
     error_E: list[Tensor | None] = field(default_factory=list)
@@ -65,14 +65,15 @@ class Pair:
             return
         with torch.no_grad():
             x_nH = x_nH.detach().to(next(self.teacher.parameters()).dtype)
-            outputs = [run_expert(self.teacher, e, x_nH)[1].float() for e in group]
-            target_nH = torch.stack(outputs).mean(dim=0)
+            target_nH = torch.stack(
+                [share * run_expert(self.teacher, e, x_nH)[1].float() for e, share in group.items()]
+            ).sum(dim=0)
         gap_nH = f_nH.float() - target_nH
         self.error_E[expert] = gap_nH.square().mean(dim=-1).sum()
         self.count_E[expert] = len(tokens_n)
 
 
-def _any_of(index_nK: Tensor, group: tuple[int, ...]) -> Tensor:
+def _any_of(index_nK: Tensor, group: Iterable[int]) -> Tensor:
     chosen_n = torch.zeros(len(index_nK), dtype=torch.bool, device=index_nK.device)
     for expert in group:
         chosen_n |= (index_nK == expert).any(dim=1)
@@ -146,6 +147,23 @@ def _keeper(pair: Pair) -> Any:
     return keep
 
 
+class _Apart:
+    """An experts module whose parameters are taken apart into experts once.
+
+    The gradient of a slice is as large as what it was cut from: one slice per expert would fill
+    and add E tensors of E experts each. That of ``unbind`` is the slices' one behind the other.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        self._whole = experts
+        for name, p in experts.named_parameters(recurse=False):
+            if p.dim():
+                self.__dict__[name] = p.unbind()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+
 def compared_experts(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -160,6 +178,7 @@ def compared_experts(
     pair.begin(E)
     parts = []
     start = 0
+    experts = _Apart(self)
     for expert, n in enumerate(counts):
         if not n:
             continue
@@ -167,7 +186,7 @@ def compared_experts(
         start += n
         tokens_n = slots_n // K
         x_nH = hidden_states[tokens_n]
-        f_nH = run_expert(self, expert, x_nH)[1]
+        f_nH = run_expert(experts, expert, x_nH)[1]
         pair.compare(expert, tokens_n, x_nH, f_nH)
         parts.append((f_nH * gates_S[slots_n, None]).to(hidden_states.dtype))
     parts.append(hidden_states.new_zeros(T * K - start, hidden_states.shape[1]))

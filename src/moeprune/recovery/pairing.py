@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from moeprune.models.native import read_config, text_config
 from moeprune.models.sites import MoESite
 from moeprune.models.surgery import PLAN_COPY, PROVENANCE
 
-Groups = Mapping[int, tuple[tuple[int, ...], ...]]
-"""By layer and place among the student's experts, the teacher's experts; a pad has none."""
+Group = Mapping[int, float]
+"""The teacher's experts that one expert of the student stands for, with shares that sum to 1."""
+
+Groups = Mapping[int, tuple[Group, ...]]
+"""By layer, the groups of the student's experts in their order; that of a pad is empty."""
 
 _MOST = 1 << 28
 
@@ -81,7 +85,9 @@ def pair(
 ) -> Groups:
     """The teacher's experts of every expert of the student.
 
-    A kept expert pairs with itself, one that answers for others with all of them, a pad with none.
+    A kept expert pairs with itself, a merged one with its group by the shares that its plan tells
+    (``core.merging``), one that answers for others without shares with all of them alike, a pad
+    with none. An expert rebuilt from parts of others pairs with the one whose id it keeps.
 
     Raises:
         PlanError: there is no plan, it was made for another model than the teacher, or its counts
@@ -116,18 +122,35 @@ def pair(
     return found
 
 
-def _slots(entry: Mapping[str, Any], count: int, teacher: MoESite) -> tuple[tuple[int, ...], ...]:
+def _slots(entry: Mapping[str, Any], count: int, teacher: MoESite) -> tuple[Group, ...]:
     E = teacher.shape.experts
     if not entry:
-        return tuple((e,) for e in range(E))
+        return tuple({e: 1.0} for e in range(E))
     keep = tuple(int(e) for e in entry["keep"])
     if not set(keep) <= set(range(E)):
         raise ValueError(f"it keeps experts beyond {E}")
-    served = entry.get("served_by")
-    if served is not None:
-        owners = [int(e) for e in served]
-        return tuple(tuple(e for e, owner in enumerate(owners) if owner == kept) for kept in keep)
+    joins = (entry.get("scores") or {}).get("joins", entry.get("served_by"))
+    if joins is not None:
+        return _merged(keep, tuple(int(e) for e in joins), entry, E)
     if entry.get("replaced") or len(keep) == count:
-        return tuple((e,) for e in keep)
+        return tuple({e: 1.0} for e in keep)
     slots = padded_slots(keep, teacher.shape, count)
-    return tuple(() if e is None else (e,) for e in slots)
+    return tuple({} if e is None else {e: 1.0} for e in slots)
+
+
+def _merged(
+    keep: tuple[int, ...], core_of: tuple[int, ...], entry: Mapping[str, Any], count: int
+) -> tuple[Group, ...]:
+    """Groups of experts that were merged, or that one of them answers for."""
+    shares = (entry.get("scores") or {}).get("share")
+    weights = [1.0] * count if shares is None else [float(share) for share in shares]
+    if set(core_of) != set(keep) or not len(core_of) == len(weights) == count:
+        raise ValueError("its experts join others than those that it keeps")
+    found = []
+    for core in keep:
+        group = {e: weights[e] for e, own in enumerate(core_of) if own == core and weights[e] > 0}
+        total = sum(group.values())
+        if not 0 < total < math.inf:
+            raise ValueError(f"the shares of expert {core} are no numbers above 0")
+        found.append({e: weight / total for e, weight in group.items()})
+    return tuple(found)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moeprune.errors import MoepruneError
+from moeprune.errors import MoepruneError, OutputError
 from moeprune.files import json_bytes, load_json, new_directory
 
 FORMAT = "moeprune.recovery/1"
@@ -41,6 +42,16 @@ class StateFolder:
         """Whether a run has begun."""
         return self.path.is_dir()
 
+    def clear(self) -> None:
+        """Forget what was trained, not what is beside it."""
+        for name in ("state", "best"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
+    def reached(self) -> str:
+        """How far the run came, in words."""
+        numbers = self.numbers()
+        return f"step {0 if numbers is None else numbers['progress']['step']}"
+
     def delete(self) -> None:
         """Forget the run."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -54,7 +65,7 @@ class StateFolder:
         """Save the state, replacing the last one only when this one is whole.
 
         Raises:
-            OutputError: the disk is full, or cannot be written; the last state is still there.
+            OutputError: see ``writing``.
         """
         values = {f"weight.{name}": _plain(p) for name, p in weights.items()}
         for name, p in weights.items():
@@ -67,8 +78,28 @@ class StateFolder:
         """Save the weights that measured best."""
         self._write("best", numbers, {f"weight.{name}": _plain(p) for name, p in weights.items()})
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A block that writes into this directory, or what is made of it.
+
+        Raises:
+            OutputError: the disk is full, or cannot be written; the last state is still there.
+        """
+        try:
+            yield
+        except (OSError, OutputError) as error:
+            problem = getattr(error, "problem", f"cannot write {self.path}: {error}")
+            saved = self.numbers()
+            kept = "no state was saved before"
+            if saved is not None:
+                kept = f"the state of step {saved['progress']['step']} is kept in {self.path}"
+            raise OutputError(
+                f"{problem.removesuffix('; nothing was kept')}; {kept}",
+                "make room, then go on with --resume",
+            ) from error
+
     def _write(self, name: str, numbers: Mapping[str, Any], values: dict[str, Tensor]) -> None:
-        with new_directory(self.path / name, force=True) as work:
+        with self.writing(), new_directory(self.path / name, force=True) as work:
             save_file(values, work / "values.safetensors")
             (work / "manifest.json").write_bytes(json_bytes({"format": FORMAT, **numbers}))
 
@@ -119,9 +150,10 @@ class StateFolder:
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Add a line to the log."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        with self.writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def cut_log(self, step: int) -> list[dict[str, Any]]:
         """Drop what a run noted after the step from which it goes on; returns what stays."""
@@ -136,8 +168,9 @@ class StateFolder:
             if entry.get("step", 0) <= step:
                 kept.append(entry)
         part = self.log.with_suffix(".partial")
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        os.replace(part, self.log)
+        with self.writing():
+            part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            os.replace(part, self.log)
         return kept
 
 

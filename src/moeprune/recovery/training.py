@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from moeprune.errors import MoepruneError, nearest
+from moeprune.recovery.forms import LAYER_RATES, check_form, layerwise_options
 
 GROUPS = ("experts", "novices", "routers", "embeddings", "rest")
 """Groups of parameters: ``rest`` is attention, norms, shared experts and dense layers."""
 
-TARGETS = ("local", "stream")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -30,6 +30,12 @@ class Training:
         ce_weight, kl_weight: see above.
         target: ``local`` runs the teacher's expert on the student's own input; ``stream`` runs the
             teacher's own forward and compares tokens that both models send to the expert.
+            Layer by layer: ``student-inputs``, ``dense-inputs`` or ``dense-outputs``, see
+            docs/recover.md.
+        layerwise: train one decoder layer after another on the outputs of the teacher's MoE
+            block; ``steps``, ``patience`` and ``holdout`` are then those of a layer.
+        objective: layer by layer, whether outputs of the ``block`` are learnt, or probabilities of
+            the ``router``.
         rescale: estimate lambda at every step, not at the first alone.
         steps: optimiser steps.
         batch: sequences per step, over all processes and accumulated parts.
@@ -73,6 +79,8 @@ class Training:
     dropout: float = 0.1
     neftune: float = 0.0
     adapter: bool = False
+    layerwise: bool = False
+    objective: str = "block"
 
     def __post_init__(self) -> None:
         for group in self.train:
@@ -80,8 +88,7 @@ class Training:
                 raise MoepruneError(
                     f"unknown group of parameters {group!r}", nearest(group, GROUPS)
                 )
-        if self.target not in TARGETS:
-            raise MoepruneError(f"unknown --target {self.target!r}", ", ".join(TARGETS))
+        check_form(self)
         if self.dtype not in DTYPES:
             raise MoepruneError(f"cannot train in {self.dtype!r}", ", ".join(DTYPES))
         for name in ("steps", "batch", "accumulate", "rank"):
@@ -111,7 +118,8 @@ class Training:
 
     def peak(self, hidden: int) -> float:
         """The highest learning rate, for a model of that width."""
-        return self.learning_rate or RATES[self.how] / hidden
+        rates = LAYER_RATES if self.layerwise else RATES
+        return self.learning_rate or rates[self.how] / hidden
 
     def rate(self, peak: float, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -140,7 +148,7 @@ TRAININGS: dict[str, Training] = {
 }
 """The defaults of every way to recover."""
 
-RATES = {"expert-kd": 0.12, "router-kd": 0.2, "logit-kd": 0.1, "lora": 0.2, "full": 0.05}
+RATES = {"expert-kd": 0.12, "router-kd": 0.6, "logit-kd": 0.1, "lora": 0.2, "full": 0.05}
 """Learning rate times width of the model, where none is given."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -180,4 +188,6 @@ def training(
         given["train"] = tuple(given["train"])
     if given.get("adapter") and how != "lora":
         raise MoepruneError(f"--adapter is for lora, and {how} trains the weights themselves")
+    if given.get("layerwise"):
+        given = layerwise_options(how, preset, given)
     return replace(TRAININGS[how], **{**PRESETS.get(preset or "", {}), **given})

@@ -6,24 +6,37 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from moeprune.errors import UnsupportedModelError
-from moeprune.files import json_bytes, new_directory
+from moeprune.files import json_bytes, load_json, new_directory
+from moeprune.models.card import write_card
+from moeprune.models.card_metadata import CARD
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.scan import digest
-from moeprune.models.surgery import PROVENANCE
+from moeprune.models.surgery import PLAN_COPY, PROVENANCE
 from moeprune.models.writer import Piece, computed, copied, write_shards
 from moeprune.recovery.lora import Adapters
 
 LOG_COPY = "moeprune_recovery.jsonl"
+_MAX_PLAN = 1 << 28
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+
+
+class Writable(Protocol):
+    """A checkpoint, and the tensors of what is to be written in its place."""
+
+    checkpoint: Checkpoint
+
+    def pieces(self) -> list[Piece]:
+        """All tensors."""
+        ...
 
 
 class Places:
@@ -64,6 +77,10 @@ class Places:
             for key, info in self.checkpoint.tensors.items()
         ]
 
+    def own_pieces(self) -> list[Piece]:
+        """The tensors of the parameters that will change."""
+        return [self._piece(key) for key in self._owner]
+
     def changed(self, pieces: Iterable[Piece], groups: Mapping[str, str]) -> dict[str, list[int]]:
         """Tensors whose bytes changed, and tensors in all, by group of parameters."""
         found: dict[str, list[int]] = {}
@@ -92,7 +109,7 @@ class Places:
 
 
 def write_recovered(
-    places: Places,
+    places: Writable,
     out: Path,
     record: Mapping[str, Any],
     log: Path | None,
@@ -108,8 +125,10 @@ def write_recovered(
         write_shards(work, places.pieces(), progress=progress)
         shutil.copyfile(places.checkpoint.path / "config.json", work / "config.json")
         for file in places.checkpoint.other_files():
-            shutil.copyfile(file, work / file.name)
+            if file.name != CARD:
+                shutil.copyfile(file, work / file.name)
         (work / PROVENANCE).write_bytes(json_bytes(dict(record)))
+        write_card(work, places.checkpoint, record, load_json(work / PLAN_COPY, _MAX_PLAN))
         if log is not None and log.is_file():
             shutil.copyfile(log, work / LOG_COPY)
 

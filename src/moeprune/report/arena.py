@@ -102,6 +102,10 @@ def cells_of(row: Row, texts: Sequence[str] = ()) -> dict[str, str]:
 
 def _spread(row: Row, name: str, digits: int) -> str:
     own = wording.significant(row[name], digits)
+    interval = (row.get("against") or {}).get(name)
+    if interval and len(row.get("seeds", ())) < 2 and None not in interval.values():
+        ends = (wording.significant(interval[end], digits) for end in ("low", "high"))
+        return f"{own} ({' to '.join(ends)})"
     return own if name not in row["spread"] else (
         f"{own} ± {wording.significant(row['spread'][name], 2)} ({len(row['seeds'])} seeds)"
     )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 from moeprune.core.plan import Plan
 from moeprune.evaluation.perplexity import Evaluation
+from moeprune.evaluation.summary import ALL, against
 from moeprune.files import json_bytes, sha256_bytes, sha256_file
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Sizes, Writing
@@ -175,4 +176,5 @@ def measured(evaluation: Evaluation, original: Evaluation | None, layers: int) -
         "kl": total["kl"] if original is not None else None,
         "agreement": total["agreement"] if original is not None else None,
         "domains": {name: score.to_json() for name, score in evaluation.domains.items()},
+        **({} if original is None else {"against": against(evaluation, original)[ALL]}),
     }

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.perplexity import Evaluation
-from moeprune.evaluation.perplexity import evaluate as evaluate_models
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.data import Domain
 from moeprune.models.loading import LayeredModel
+from moeprune.pipeline.evaluating import measure as measure_models
 from moeprune.pipeline.inputs import Compute, Progress, Source
 
 ORIGINAL = "original"
@@ -90,13 +90,7 @@ class Measuring:
         return models, wrong
 
     def _run(self, models: Mapping[str, LayeredModel]) -> dict[str, Evaluation]:
-        return evaluate_models(
-            models,
-            self.heldout,
-            ORIGINAL,
-            self.compute.workers,
-            lambda done, total: self.progress("evaluating", done, total),
-        )
+        return measure_models(models, self.heldout, ORIGINAL, self.compute, self.progress)
 
 
 def said(error: Exception) -> str:

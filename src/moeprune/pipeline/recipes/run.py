@@ -11,10 +11,11 @@ from moeprune.errors import MoepruneError
 from moeprune.files import json_bytes, sha256_bytes, sha256_file
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.store import versions
+from moeprune.pipeline.cards import write_measured
+from moeprune.pipeline.evaluating import evaluate
 from moeprune.pipeline.inputs import Progress, Source, model_name, read_heldout, silent
 from moeprune.pipeline.recipes.schema import Loaded, load_recipe
 from moeprune.pipeline.reporting import Witness
-from moeprune.pipeline.stages import evaluate
 from moeprune.pipeline.steps import StepDone, Steps
 
 RESULT_FORMAT = "moeprune.recipe-run/1"
@@ -74,6 +75,7 @@ def run(
     measured = None
     if heldout is not None:
         measured = evaluate(target, loaded.model(), heldout, compute, progress)
+        write_measured(target, measured)
     if witness is not None:
         witness.write(target, done, measured)
     return {

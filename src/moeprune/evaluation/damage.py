@@ -1,0 +1,112 @@
+"""What edits of single layers, or of all, do to held-out text: the branches of a walk, measured.
+
+Axes: W windows, V vocabulary, A branches, R ratios, G clusters (documents, or windows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moeprune.core.ops.prunability import largest_below
+from moeprune.evaluation.intervals import LEVEL, Estimate, Interval, estimate
+from moeprune.evaluation.perplexity import Reference, Sums, window_sums
+from moeprune.models.branches import BranchedWalk
+from moeprune.models.walk import default_workers
+
+Floats = NDArray[np.float64]
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What every branch of a walk did to every window.
+
+    Attributes:
+        model: sums of the unedited model.
+        branches: sums of every branch, compared with the unedited model.
+        cluster_W: the document of each window, or the window itself where that is not known.
+        unit: what a cluster is, in the plural.
+    """
+
+    model: Sums
+    branches: Sequence[Sums]
+    cluster_W: NDArray[np.int64]
+    unit: str = "windows"
+
+    def kl(self, branch: int) -> Estimate:
+        """Mean KL(unedited || branch), nats per token."""
+        return self._mean(self.branches[branch].kl_N)
+
+    def loss(self, branch: int) -> Estimate:
+        """How much higher the mean loss is, nats per token."""
+        return self._mean(self.branches[branch].nll_N - self.model.nll_N)
+
+    def kl_difference(self, first: int, second: int) -> Estimate:
+        """Mean KL of the first branch less that of the second, window by window."""
+        return self._mean(self.branches[first].kl_N - self.branches[second].kl_N)
+
+    def _mean(self, sums_W: Floats) -> Estimate:
+        return estimate(sums_W, self.model.tokens_N, self.cluster_W, self.unit)
+
+    def largest_ratio(
+        self, branches: Sequence[int], ratios: Sequence[float], limit: float, seed: int
+    ) -> Interval:
+        """The largest ratio at which the loss rises by at most ``limit``, nats per token.
+
+        Between the ratios that ``branches`` stand for, and from 0, the loss is taken to rise along
+        straight lines. The interval is of percentiles over resampled clusters, all branches on the
+        same ones.
+        """
+        _, group_W = np.unique(self.cluster_W, return_inverse=True)
+        tokens_G = np.bincount(group_W, self.model.tokens_N)
+        rises = [self.branches[branch].nll_N - self.model.nll_N for branch in branches]
+        rise_RG = np.array([np.bincount(group_W, rise_W) for rise_W in rises])
+        count = len(tokens_G)
+        value = largest_below(ratios, rise_RG.sum(1) / tokens_G.sum(), limit)
+        draws = np.random.default_rng(seed).integers(0, count, (_RESAMPLES, count))
+        found = [
+            largest_below(ratios, rise_RG[:, draw].sum(1) / tokens_G[draw].sum(), limit)
+            for draw in draws
+        ]
+        low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        how = f"percentiles over resampled {self.unit}"
+        return Interval(value, float(low), float(high), LEVEL, count, how)
+
+
+def measure(
+    walk: BranchedWalk,
+    cluster_W: NDArray[np.int64],
+    unit: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Damage:
+    """Finish a walk: compare the logits of its branches with the model's, batch by batch."""
+    device = walk.model.device
+
+    def score(index: int) -> list[Sums]:
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        return list(_compared(walk, index))
+
+    parts = []
+    with ThreadPoolExecutor(walk.workers or default_workers(device)) as pool:
+        for index, part in enumerate(pool.map(score, range(len(walk.held)))):
+            parts.append(part)
+            progress(index + 1, len(walk.held))
+    model, *branches = (Sums.joined(sums) for sums in zip(*parts, strict=True))
+    return Damage(model, branches, cluster_W, unit)
+
+
+def _compared(walk: BranchedWalk, index: int) -> Iterator[Sums]:
+    """The sums of one batch: of the model, then of every branch."""
+    ids_BL = walk.held[index].ids_BL
+    reference: Reference | None = None
+    for logits_BLV in walk.held_logits(index):
+        yield window_sums(logits_BLV[:, :-1], ids_BL, reference)
+        reference = reference or Reference.of(logits_BLV[:, :-1])

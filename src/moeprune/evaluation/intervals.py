@@ -1,0 +1,296 @@
+"""Intervals, tests and words for differences that were measured on a sample.
+
+Axes: N items or clusters of items (windows of text, documents, questions), B resamples, D domains.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+LEVEL, POWER = 0.95, 0.8
+RESAMPLES = 1999
+MOST = 1000
+"""With more clusters than this the mean is normal, and nothing is resampled."""
+FEWEST = 10
+"""Fewer independent items than this carry no interval that can be trusted."""
+_NO_SPREAD = 1e-9
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number that was measured on a sample, and where it may lie.
+
+    Attributes:
+        value: the estimate.
+        low, high: the interval; NaN where the sample has no spread to compute it from.
+        level: in how many samples of its kind such an interval holds the truth.
+        items: how many independent items it rests on: documents, windows or questions.
+        method: how it was computed, in words.
+    """
+
+    value: float
+    low: float
+    high: float
+    level: float
+    items: int
+    method: str
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the sample shows a difference."""
+        return self.low > 0.0 or self.high < 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types; None for what is not finite."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        return {**finite, "level": self.level, "items": self.items, "method": self.method}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A weighted mean, its standard error, and both again in B resamples of its clusters.
+
+    Attributes:
+        value: sum of the items over the sum of their weights.
+        error: standard error; NaN with fewer than two clusters.
+        items: independent items, that is clusters.
+        unit: what a cluster is, in the plural.
+        shift_B: value of each resample minus ``value``.
+        error_B: standard error of each resample.
+    """
+
+    value: float
+    error: float
+    items: int
+    unit: str
+    shift_B: Floats = field(repr=False, compare=False)
+    error_B: Floats = field(repr=False, compare=False)
+
+    @cached_property
+    def _t_B(self) -> Floats:
+        """|t| of the resamples, ascending; infinite where a resample has no spread."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t_B = np.abs(self.shift_B) / self.error_B
+        return np.sort(np.where(self.error_B > _NO_SPREAD * self.error, t_B, np.inf))
+
+    def half(self, level: float = LEVEL) -> float:
+        """Half the width of the interval; NaN if the sample cannot tell."""
+        if not math.isfinite(self.error):
+            return math.nan
+        if self.error == 0.0:
+            return 0.0
+        rank = math.ceil(level * (len(self._t_B) + 1)) - 1
+        t = float(self._t_B[rank])
+        return t * self.error if math.isfinite(t) else math.nan
+
+    def interval(self, level: float = LEVEL) -> Interval:
+        """value ± the ``level`` quantile of |t| in the resamples, times the standard error.
+
+        Symmetric bootstrap-t (Hall 1988): means of few skewed documents need wider intervals than
+        Student's t gives; docs/evaluate.md shows how often they hold the truth.
+        """
+        half, method = self.half(level), f"bootstrap-t over {self.unit}"
+        return Interval(self.value, self.value - half, self.value + half, level, self.items, method)
+
+    def p_value(self) -> float:
+        """Two-sided, of the value being 0; the interval and this agree on what differs."""
+        if not math.isfinite(self.error):
+            return 1.0
+        if self.error == 0.0:
+            return 1.0 if self.value == 0.0 else 0.0
+        above = len(self._t_B) - np.searchsorted(self._t_B, abs(self.value) / self.error)
+        return float((above + 1) / (len(self._t_B) + 1))
+
+    def smallest(self, level: float = LEVEL, power: float = POWER) -> float:
+        """The smallest true difference that such a sample shows with probability ``power``.
+
+        Half the interval plus z_power standard errors.
+        """
+        return self.half(level) + float(stats.norm.ppf(power)) * self.error
+
+    def minus(self, other: Estimate) -> Estimate:
+        """The difference of two independent estimates."""
+        return combined([(1.0, self), (-1.0, other)])
+
+
+def estimate(
+    sums_N: ArrayLike,
+    weights_N: ArrayLike | None = None,
+    clusters_N: ArrayLike | None = None,
+    unit: str = "windows",
+    stream: str = "",
+) -> Estimate:
+    """The weighted mean of items that come in clusters, with its error.
+
+    r = Σs / Σw;  error² = G/(G-1) · Σ_g (s_g - r·w_g)² / (Σw)², G clusters. Paired differences are
+    items like others: give the difference of the sums.
+
+    Args:
+        sums_N: a sum per item, for example of the difference of loss over the tokens of a window.
+        weights_N: what each sum is over (tokens); 1 by default.
+        clusters_N: the cluster of each item; each its own by default.
+        unit: what a cluster is, in the plural.
+        stream: seeds the resampling; estimates that are to be combined need different ones.
+    """
+    s_N = np.asarray(sums_N, dtype=np.float64)
+    w_N = np.ones_like(s_N) if weights_N is None else np.asarray(weights_N, dtype=np.float64)
+    if clusters_N is not None:
+        _, group_N = np.unique(np.asarray(clusters_N), return_inverse=True)
+        s_N = np.bincount(group_N, s_N).astype(np.float64)
+        w_N = np.bincount(group_N, w_N).astype(np.float64)
+    count = len(s_N)
+    value = float(s_N.sum() / w_N.sum()) if count else math.nan
+    if count < 2 or not math.isfinite(value):
+        unknown_B = np.full(RESAMPLES, math.nan)
+        return Estimate(value, math.nan, count, unit, unknown_B, unknown_B)
+    if np.ptp(s_N / w_N) == 0.0:  # exactly alike: what is left would be rounding
+        return Estimate(value, 0.0, count, unit, np.zeros(RESAMPLES), np.zeros(RESAMPLES))
+    factor = math.sqrt(count / (count - 1))
+    rest_N = s_N - value * w_N
+    error = factor * math.sqrt(float(np.square(rest_N).sum())) / float(w_N.sum())
+    if count > MOST:
+        drawn_B = np.random.default_rng(zlib.crc32(stream.encode())).standard_normal(RESAMPLES)
+        return Estimate(value, error, count, unit, drawn_B * error, np.full(RESAMPLES, error))
+    columns_N5 = np.stack([w_N, rest_N, rest_N**2, rest_N * w_N, w_N**2], axis=1)
+    weight_B, moved_B, rest_B, mixed_B, square_B = (_resamples(count, stream) @ columns_N5).T
+    shift_B = moved_B / weight_B
+    # Σ (rest - shift·w)² over each resample, multiplied out
+    squares_B = rest_B - 2.0 * shift_B * mixed_B + np.square(shift_B) * square_B
+    error_B = factor * np.sqrt(np.maximum(squares_B, 0.0)) / weight_B
+    return Estimate(value, error, count, unit, shift_B, error_B)
+
+
+@lru_cache(maxsize=2)
+def _resamples(count: int, stream: str) -> Floats:
+    """How often each of ``count`` clusters is in each of B resamples."""
+    seeded = np.random.default_rng([zlib.crc32(stream.encode()), count])
+    drawn_BN = seeded.multinomial(count, np.full(count, 1.0 / count), RESAMPLES)
+    return drawn_BN.astype(np.float64)
+
+
+def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
+    """Σ factor · estimate of independent parts, such as domains; errors add in squares."""
+    shift_B = np.zeros(RESAMPLES)
+    squares_B = np.zeros(RESAMPLES)
+    for factor, part in parts:
+        shift_B += factor * part.shift_B
+        squares_B += np.square(factor * part.error_B)
+    return Estimate(
+        value=math.fsum(factor * part.value for factor, part in parts),
+        error=math.sqrt(math.fsum((factor * part.error) ** 2 for factor, part in parts)),
+        items=sum(part.items for _, part in parts),
+        unit=_unit([part.unit for _, part in parts]),
+        shift_B=shift_B,
+        error_B=np.sqrt(squares_B),
+    )
+
+
+def _unit(units: Sequence[str]) -> str:
+    distinct = sorted(set(units))
+    return " and ".join(distinct)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value that two models are right equally often on the same questions.
+
+    Args:
+        only_first, only_second: questions that one of them alone got right.
+    """
+    if only_first < 0 or only_second < 0:
+        raise ValueError("counts are not negative")
+    if only_first + only_second == 0:
+        return 1.0
+    return float(stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
+
+
+def proportion_difference(
+    only_first: int, only_second: int, items: int, level: float = LEVEL
+) -> Interval:
+    """Interval for (share right of the second) - (share right of the first), paired by question.
+
+    Adjusted Wald of Bonett and Price: one question is added to each kind of disagreement, which
+    keeps the level at small counts and gives an interval of some width where none disagree.
+    """
+    if items < 1 or only_first + only_second > items:
+        raise ValueError("more disagreements than questions")
+    first, second = (only_first + 1) / (items + 2), (only_second + 1) / (items + 2)
+    middle = second - first
+    error = math.sqrt((first + second - middle**2) / (items + 2))
+    half = float(stats.norm.ppf(1.0 - (1.0 - level) / 2.0)) * error
+    value = (only_second - only_first) / items
+    low, high = max(-1.0, middle - half), min(1.0, middle + half)
+    return Interval(value, low, high, level, items, "adjusted Wald, paired by question")
+
+
+def smallest_proportion_difference(
+    only_first: int, only_second: int, items: int, level: float = LEVEL, power: float = POWER
+) -> float:
+    """The smallest difference of two shares that so many questions show; see ``smallest``."""
+    first, second = (only_first + 1) / (items + 2), (only_second + 1) / (items + 2)
+    z = float(stats.norm.ppf(1.0 - (1.0 - level) / 2.0) + stats.norm.ppf(power))
+    return min(1.0, z * math.sqrt((first + second) / (items + 2)))
+
+
+def holm(p_values: ArrayLike) -> Floats:
+    """p-values adjusted for looking at several things (Holm 1979), in the order given."""
+    p_D = np.asarray(p_values, dtype=np.float64)
+    order_D = np.argsort(p_D, kind="stable")
+    factors_D = np.arange(len(p_D), 0, -1)
+    raised_D = np.minimum(1.0, np.maximum.accumulate(p_D[order_D] * factors_D))
+    adjusted_D = np.empty_like(p_D)
+    adjusted_D[order_D] = raised_D
+    return adjusted_D
+
+
+def verdict(
+    interval: Interval,
+    smallest: float,
+    wanted: float,
+    unit: str,
+    worse: int = 1,
+    form: str = ".3g",
+    things: str = "items",
+    advice: str = "",
+    fewest: int = FEWEST,
+) -> str:
+    """What a difference means, in words.
+
+    Args:
+        interval: of the difference.
+        smallest: the smallest difference that the sample could show.
+        wanted: the difference that matters.
+        unit: of the difference, for example ``nats per token``.
+        worse: 1 if a positive difference is worse, -1 if a negative one is.
+        form: how numbers are written.
+        things: what the items are, in the plural.
+        advice: how to get a larger sample; put at the end where it is too small.
+        fewest: with fewer items nothing is concluded.
+    """
+    if not math.isfinite(interval.value):
+        return "unknown: not all numbers are finite"
+    if interval.items < fewest or (not interval.excludes_zero and not smallest <= wanted):
+        shows = (
+            f"can only show a difference of {smallest:{form}} {unit}"
+            if math.isfinite(smallest) and smallest > 0
+            else "cannot show a difference"
+        )
+        more = f"; {advice}" if advice else ""
+        return f"too small a sample: {interval.items} {things} {shows}{more}"
+    if interval.excludes_zero:
+        word = "worse" if interval.value * worse > 0 else "better"
+        ends = sorted((abs(interval.low), abs(interval.high)))
+        between = f"{ends[0]:{form}} to {ends[1]:{form}}"
+        return f"{word} by {abs(interval.value):{form}} {unit} ({between})"
+    return f"no difference seen: the sample would have shown {smallest:{form}} {unit}"

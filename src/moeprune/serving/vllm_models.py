@@ -1,0 +1,137 @@
+"""vLLM's own models, built for checkpoints of ours that its classes cannot express.
+
+``Pruned<class>`` is vLLM's class with another way to build its layers: the experts are
+``SlottedExperts`` where config.json says so, and every layer sees its own number of experts.
+vLLM reads both from one configuration and one factory function; they are replaced while the model
+is built, and only then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from moeprune.errors import MoepruneError
+from moeprune.models.uneven_runtime import experts_of
+from moeprune.serving.plugin import NATIVE
+
+try:
+    import vllm
+    from moeprune.serving.vllm_experts import SlottedExperts, experts_factory
+except ImportError as error:
+    raise MoepruneError(
+        f"this vLLM does not have what the plugin builds on: {error}", "it is tested with 0.32"
+    ) from error
+
+
+class Pruned:
+    """Mixin for a model of vLLM; put it before vLLM's class."""
+
+    count: ClassVar[str]
+    """config.json's name of the number of experts."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_text_config
+        with building(type(self).__mro__[2].__module__, config, self.count):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        tie(self, config)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint; raises ``CheckpointError`` if a vector is missing.
+
+        The experts' tensors are renamed before vLLM sees them: its classes differ in how they load
+        them, but each of them knows experts by their slots.
+        """
+        experts = {
+            name.removesuffix("routed_experts"): module
+            for name, module in self.named_modules()  # type: ignore[attr-defined]
+            if isinstance(module, SlottedExperts)
+        }
+        loaded: set[str] = super().load_weights(renamed(weights, experts))  # type: ignore[misc]
+        for prefix, module in experts.items():
+            module.complete()
+            if module.added_value is not None:
+                loaded.add(f"{prefix}routed_experts.added_value")
+        return loaded
+
+
+def renamed(
+    weights: Iterable[tuple[str, Tensor]], experts: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """Take out the vectors of ``experts`` (by prefix), and name their stored experts by slots."""
+    for name, tensor in weights:
+        prefix, found, rest = name.partition(".experts.")
+        module = experts.get(prefix + found)
+        if module is None:
+            yield name, tensor
+            continue
+        inner = module.take(rest, tensor)
+        if inner is not None:
+            yield f"{prefix}{found}{inner}", tensor
+
+
+@contextmanager
+def building(module: str, config: Any, count: str) -> Iterator[None]:
+    """Let the classes of one of vLLM's modules build layers as ``config`` describes them."""
+    names = {
+        "FusedMoEFactory": experts_factory(config),
+        "make_layers": layers_factory(config, count),
+    }
+    where = sys.modules[module]
+    before = {name: getattr(where, name) for name in names}
+    for name, value in names.items():
+        setattr(where, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(where, name, value)
+
+
+def layers_factory(config: Any, count: str) -> Callable[..., Any]:
+    """What takes the place of ``make_layers``: shows every layer its own number of experts."""
+    from vllm.model_executor.models.utils import make_layers
+
+    if not getattr(config, "per_layer_config", None) and not hasattr(config, "experts_per_layer"):
+        return make_layers  # type: ignore[no-any-return]
+
+    def build(layers: int, layer: Callable[..., nn.Module], prefix: str) -> Any:
+        largest = getattr(config, count)
+
+        def one(prefix: str) -> nn.Module:
+            setattr(config, count, experts_of(config, int(prefix.rpartition(".")[2]), count))
+            try:
+                return layer(prefix=prefix)
+            finally:
+                setattr(config, count, largest)
+
+        return make_layers(layers, one, prefix=prefix)
+
+    return build
+
+
+def tie(model: Any, config: Any) -> None:
+    """Share embeddings and head where config.json says so; vLLM's OLMoE does not do it."""
+    head, inner = getattr(model, "lm_head", None), model.model
+    if config.tie_word_embeddings and hasattr(head, "tie_weights"):
+        model.lm_head = head.tie_weights(inner.embed_tokens)
+
+
+def _pruned(native: str) -> type[Any]:
+    module, count = NATIVE[native]
+    base = getattr(import_module(f"{vllm.__name__}.model_executor.models.{module}"), native)
+    name = f"Pruned{native}"
+    return type(name, (Pruned, base), {"__module__": __name__, "count": count})
+
+
+PrunedOlmoeForCausalLM = _pruned("OlmoeForCausalLM")
+PrunedMixtralForCausalLM = _pruned("MixtralForCausalLM")
+PrunedQwen2MoeForCausalLM = _pruned("Qwen2MoeForCausalLM")
+PrunedQwen3MoeForCausalLM = _pruned("Qwen3MoeForCausalLM")
+PrunedDeepseekV2ForCausalLM = _pruned("DeepseekV2ForCausalLM")
+PrunedDeepseekV3ForCausalLM = _pruned("DeepseekV3ForCausalLM")

@@ -1,0 +1,112 @@
+"""Asks ``vllm serve`` what an OpenAI client would ask, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SECONDS = 300
+TEXT = {"prompt": "The number of ways to", "max_tokens": 24, "temperature": 0}
+
+
+@contextmanager
+def server(python: Path, checkpoint: Path, dtype: str) -> Iterator[str]:
+    """The address of a running ``vllm serve``; it ends with the block.
+
+    Raises:
+        RuntimeError: it did not answer in time; the message is the end of its log.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    log = checkpoint.parent / f"{checkpoint.name}-serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [python.parent / "vllm", *options(checkpoint, dtype), "--port", str(port)],
+            stdout=output,
+            stderr=output,
+            env=environment,
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait(process, address, log)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def options(checkpoint: Path, dtype: str) -> list[str]:
+    """The command line, without the port."""
+    return [
+        "serve", str(checkpoint), "--dtype", dtype, "--enforce-eager", "--max-model-len", "256",
+        "--served-model-name", checkpoint.name,
+    ]  # fmt: skip
+
+
+def wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    """Return when the server says that it is well."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise RuntimeError(f"vllm serve did not start: {log.read_text()[-2000:]}")
+
+
+def completions(address: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to POST /v1/completions."""
+    request = urllib.request.Request(
+        f"{address}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": "Bearer none"},
+    )
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+def ask(
+    python: Path, checkpoint: Path, dtype: str, prompts: Sequence[Sequence[int]], tokens: int
+) -> tuple[list[list[int]], str]:
+    """Greedy tokens for prompts of token ids, and a transcript of one question in words."""
+    with server(python, checkpoint, dtype) as address:
+        body = {
+            "model": checkpoint.name,
+            "prompt": list(prompts),
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        choices = sorted(completions(address, body)["choices"], key=lambda one: one["index"])
+        question = {"model": checkpoint.name, **TEXT}
+        answer = completions(address, question)
+    kept = {key: answer[key] for key in ("object", "model", "choices", "usage") if key in answer}
+    kept["choices"] = [
+        {key: one[key] for key in ("index", "text", "finish_reason")} for one in kept["choices"]
+    ]
+    kept["usage"] = {key: value for key, value in kept["usage"].items() if value is not None}
+    command = " ".join(["vllm", *options(Path(checkpoint.name), dtype)])
+    transcript = (
+        f"$ {command}\n$ curl -s localhost:8000/v1/completions "
+        f"-H 'Content-Type: application/json' \\\n    -d '{json.dumps(question)}'\n"
+        f"{json.dumps(kept, indent=1, ensure_ascii=False)}"
+    )
+    return [choice["token_ids"] for choice in choices], transcript
