@@ -216,15 +216,21 @@ def test_tokens_are_made_visible(token: str, shown: str) -> None:
 def test_intervals_are_drawn_where_there_are_any() -> None:
     run = fake_run()
     loss = {"value": 0.031, "low": 0.024, "high": 0.038, "level": 0.95, "items": 9, "method": "x"}
-    run["rows"][1]["against"] = {"code": {"loss": loss, "verdict": "worse <beyond> chance"}}
-    run["rows"][1]["tasks"] = {"blimp": {"acc": {**loss, "value": -0.5}, "items": 60, "note": "x"}}
+    agreement = {**loss, "value": 0.95, "low": 0.941, "high": 0.9612}
+    every = {"loss": loss, "kl": loss, "agreement": agreement, "verdict": "lost <something>"}
+    run["rows"][1]["against"] = {
+        "code": {"loss": loss, "verdict": "worse <beyond> chance"}, "all": every,
+    }  # fmt: skip
+    score = {**loss, "value": 0.5, "difference": {**loss, "value": -0.25}, "verdict": "n too small"}
+    run["rows"][1]["tasks"] = {"blimp": {**score, "metrics": {"acc": {"value": 0.5}}}}
+    run["rows"][1]["generation"] = {"loops": {"rate": 0.125}, "note": "x"}
     page = render_report(run)
-    words = Outline(page).words
-    assert (
-        "+0.031 [0.024,\N{NO-BREAK SPACE}0.038]" in page and "worse &lt;beyond&gt; chance" in page
-    )
-    assert "blimp · acc" in words and "−0.500 [0.0240, 0.0380]" in words
-    assert "holds no intervals" not in words
+    words = Outline(page).words.replace("\N{NO-BREAK SPACE}", " ")
+    assert " +0.031 [0.024, 0.038]" in words and "worse &lt;beyond&gt; chance" in page
+    assert "0.0208 [0.024, 0.038]" in words and "[94.1, 96.1] %" in words
+    assert "mone-25: lost <something>" in words and "holds no intervals" not in words
+    assert "blimp 0.500 [0.0240, 0.0380] −0.25 [0.024, 0.038]" in words and "n too small" in page
+    assert "loops · rate 0.125" in words
     assert intervals.interval({"value": None}) == "" and intervals.signed(None) == wording.NOTHING
 
 
