@@ -376,6 +376,11 @@ def test_a_missing_key_further_in_is_named_with_its_place(path: tuple[Any, ...],
         ({"rows": "x"}, "'rows' may not be str"),
         ({"usage": {"x": []}}, "not a layer index"),
         ({"usage": {"0": 1.0}}, "not a list"),
+        ({"atlas": []}, "atlas is not an object"),
+        ({"atlas": {"layers": {"0": {"count": ["x"]}}}}, "layers.0 does not hold"),
+        ({"atlas": {"domains": ["a"], "layers": {"0": {"domains": [[1, 2]]}}}}, "does not hold"),
+        ({"atlas": {"tokens": ["a"], "layers": {"0": {"tokens": [[[1, 2, 3]]]}}}}, "does not hold"),
+        ({"atlas": {"routing": {"rows": {"a": []}}}}, "'a' is not an object"),
     ],
 )
 def test_malformed_runs_are_refused(change: dict[str, Any], message: str) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 from moeprune.core.accumulators import Routing
 from moeprune.errors import MoepruneError
 from moeprune.files import json_bytes, load_json, write_together
-from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.checkpoint import REPORT_FILES, Checkpoint
 from moeprune.models.data import load_tokenizer
 from moeprune.models.store import StatisticsStore
-from moeprune.models.surgery import REPORT_FILES
 from moeprune.pipeline import facts
 from moeprune.pipeline.arena.pages import compare_page
 from moeprune.pipeline.arena.state import FORMAT as COMPARE
