@@ -25,7 +25,7 @@ from support import tensor_digests, tree
 
 COMMANDS = (
     "inspect", "calibrate", "merge", "plan", "apply", "prune", "evaluate", "recover", "verify",
-    "methods", "demo",
+    "methods", "demo", "report",
 )  # fmt: skip
 
 
