@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,14 @@ import torch
 from accelerate import PartialState
 
 from moeprune.errors import MoepruneError
-from moeprune.models import data
-from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.store import versions
-from moeprune.pipeline.inputs import Compute, Progress, Source, Text, model_name, read_calibration
-from moeprune.pipeline.recovery import (
-    Listen,
-    Recovered,
-    Status,
-    _refuse_other_run,
-    _refuse_output,
-    _student,
-    _teacher,
-)
-from moeprune.pipeline.teacher_samples import with_samples
+from moeprune.pipeline.inputs import Compute, Progress, Source, Text
+from moeprune.pipeline.recovery import Listen, Recovered, Status
+from moeprune.pipeline.recovery_opening import Opened, open_run
 from moeprune.recovery.layerwise.healer import Healer
 from moeprune.recovery.layerwise.processes import Work, in_processes, share
 from moeprune.recovery.layerwise.state import LayerFolder, Overlaid, Result
 from moeprune.recovery.order import split
-from moeprune.recovery.pairing import check_teacher, provenance
+from moeprune.recovery.pairing import check_teacher
 from moeprune.recovery.training import Training
 from moeprune.recovery.writing import write_recovered
 
@@ -62,49 +50,26 @@ def recover_layers(
     state = PartialState(cpu=compute.device == "cpu", timeout=_LONGEST)
     _refuse_processes(made, processes, state.num_processes)
     folder = LayerFolder(out)
-    _refuse_output(out, folder, resume, force)
-    student = _student(source, out, compute)
-    record = provenance(student)
-    master = _teacher(student, teacher, out, made, compute)
-    if master is None or teacher is None:
-        raise MoepruneError("layers learn from those of a teacher", "give --teacher MODEL")
+    run = open_run(
+        source, teacher, out, made, text, compute, folder, resume, force, state, progress
+    )
+    student, master = run.student, run.master
+    assert master is not None, "all that train layer by layer learn from a teacher"
     check_teacher(student, master, same_layers=True)
-    told_dtype = replace(compute, dtype=made.dtype)
-    text = with_samples(text, student, master, folder, told_dtype, state.is_main_process, progress)
-    state.wait_for_everyone()
-    domains = read_calibration(student, text)
-    facts = data.describe(domains)
-    header = {
-        "student": student.fingerprint,
-        "teacher": master.fingerprint,
-        "data": facts["hash"],
-        "training": made.to_json(),
-    }
-    if resume:
-        _refuse_other_run(folder, header)
-    elif state.is_main_process:
-        folder.clear()
-    state.wait_for_everyone()
     device = state.device if compute.device == "cpu" else torch.device(compute.device)
-    train, held = split(domains, made.holdout)
+    train, held = split(run.domains, made.holdout)
     work = Work(student, master, made, folder, device, train, held)
     healer = Healer(student, master, made, folder, device)  # refuses before anything is kept
     if state.is_main_process:
-        folder.begin(header)
+        folder.begin(run.header)
     began = time.perf_counter()
     _heal(healer, work, state, processes, listen)
     state.wait_for_everyone()
     result = _result(folder, healer.layers, out, made, time.perf_counter() - began)
     if state.is_main_process:
         folder.write_log()
-        about = {
-            "teacher": model_name(teacher),
-            "teacher_fingerprint": master.fingerprint,
-            "data": {**facts, "seed": text.seed},
-            **_about(made, result),
-        }
         with folder.writing():
-            _write(student, folder, result, record, about, force, progress)
+            _write(run, folder, healer.layers, result, force, progress)
         folder.delete()
     state.wait_for_everyone()
     return result
@@ -121,11 +86,6 @@ def _heal(healer: Healer, work: Work, state: PartialState, processes: int, liste
     else:
         mine = share(wanted, state.process_index, state.num_processes)
         healer.run(work.train, work.held, mine)
-
-
-def _about(made: Training, result: Recovered) -> dict[str, Any]:
-    found = {key: value for key, value in result.to_json().items() if key != "path"}
-    return {"how": made.how, "options": made.to_json(), **found, "versions": versions()}
 
 
 class _Told:
@@ -200,23 +160,19 @@ def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def _write(
-    student: Checkpoint,
+    run: Opened,
     folder: LayerFolder,
+    layers: Sequence[int],
     result: Recovered,
-    record: Mapping[str, Any],
-    about: Mapping[str, Any],
     force: bool,
     progress: Progress,
 ) -> None:
-    healed = Overlaid(student.path, student.trust_remote_code)
-    for layer in result.layers:
-        healed.put(folder.tensors(layer["layer"]))
-    earlier = record.get("recovered")
-    steps = [*(earlier if isinstance(earlier, list) else []), about]
+    healed = Overlaid(run.student.path, run.student.trust_remote_code)
+    for layer in layers:
+        healed.put(folder.tensors(layer))
 
     def tell(done: int, total: int) -> None:
         progress("writing", done, total)
 
-    write_recovered(
-        Result(healed), result.path, {**record, "recovered": steps}, folder.log, force, tell
-    )
+    record = run.new_record(run.about(result.to_json()))
+    write_recovered(Result(healed), result.path, record, folder.log, force, tell)
