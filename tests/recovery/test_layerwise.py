@@ -168,6 +168,7 @@ def test_killed_and_resumed_at_the_layer_where_it_was_cut(
     assert done.returncode == -signal.SIGKILL
     assert not cut.exists()
     assert (tmp_path / "cut.recovery" / "layer-00000" / "manifest.json").is_file()
+    assert (tmp_path / "cut.recovery" / "log.jsonl").is_file()
     with pytest.raises(MoepruneError, match="cut after 1 layer:"):
         recover(students["masked"], teacher, cut, chosen, text)
     with pytest.raises(MoepruneError, match="another steps"):
@@ -257,3 +258,19 @@ def test_the_command(students: dict[str, Path], teacher: Path, text: Text, tmp_p
     assert found.exit_code == 0, found.output
     assert len(json.loads(found.stdout)["layers"]) == 2
     assert torch.isfinite(load(out).lm_head.weight).all()
+
+
+@pytest.mark.slow
+def test_launched_processes_share_layers_too(
+    students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0", "-m", "moeprune", "recover", str(students["masked"])]
+    command += ["--teacher", str(teacher), "--layerwise", "--target", "dense-inputs", "--steps", "8"]
+    command += ["--batch", "8", "--learning-rate", "3e-3", "--holdout", "0.2", "--sequences", "40"]
+    command += ["--length", "32", "--data", text.sources[0], "--out", str(tmp_path / "two")]
+    subprocess.run(command, env=dict(os.environ), check=True, capture_output=True)
+    chosen = quick(target="dense-inputs")
+    recover(students["masked"], teacher, tmp_path / "one", chosen, text)
+    assert tensor_digests(tmp_path / "one") == tensor_digests(tmp_path / "two")

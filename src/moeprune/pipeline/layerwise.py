@@ -20,6 +20,7 @@ from moeprune.recovery.layerwise.healer import Healer
 from moeprune.recovery.layerwise.processes import Work, in_processes, share
 from moeprune.recovery.layerwise.state import LayerFolder, Overlaid, Result
 from moeprune.recovery.order import split
+from moeprune.recovery.pairing import check_teacher
 from moeprune.recovery.training import Training
 from moeprune.recovery.writing import write_recovered
 
@@ -54,6 +55,7 @@ def recover_layers(
     )
     student, master = run.student, run.master
     assert master is not None, "all that train layer by layer learn from a teacher"
+    check_teacher(student, master, same_layers=True)
     device = state.device if compute.device == "cpu" else torch.device(compute.device)
     train, held = split(run.domains, made.holdout)
     work = Work(student, master, made, folder, device, train, held)
@@ -67,7 +69,7 @@ def recover_layers(
     if state.is_main_process:
         folder.write_log()
         with folder.writing():
-            _write(run, folder, result, force, progress)
+            _write(run, folder, healer.layers, result, force, progress)
         folder.delete()
     state.wait_for_everyone()
     return result
@@ -160,13 +162,14 @@ def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
 def _write(
     run: Opened,
     folder: LayerFolder,
+    layers: Sequence[int],
     result: Recovered,
     force: bool,
     progress: Progress,
 ) -> None:
     healed = Overlaid(run.student.path, run.student.trust_remote_code)
-    for layer in result.layers:
-        healed.put(folder.tensors(layer["layer"]))
+    for layer in layers:
+        healed.put(folder.tensors(layer))
 
     def tell(done: int, total: int) -> None:
         progress("writing", done, total)

@@ -58,6 +58,7 @@ class LayerFolder(StateFolder):
             if pieces:
                 write_shards(work, pieces)
             (work / "manifest.json").write_bytes(json_bytes(record))
+        self.write_log()
 
     def record(self, layer: int) -> dict[str, Any]:
         """What ``save_layer`` kept beside the tensors.
