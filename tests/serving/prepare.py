@@ -24,12 +24,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import moeprune
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from special import SPECIAL, write_special
 
 from families import VOCABULARY, tiny_model, token_ids
 from moeprune.models.checkpoint import demo_path
 from moeprune.models.data import demo_text, read_documents
-from special import SPECIAL, write_special
 
 NEW_TOKENS = 48
 PROMPTS = 12
@@ -140,7 +141,7 @@ def logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], last: int) -> 
 def continuations(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]]
 ) -> list[tuple[list[int], torch.Tensor]]:
-    """Greedy tokens behind each prompt, and the logarithmic probabilities that chose them [L, V]."""
+    """Greedy tokens behind each prompt, and the log-probabilities that chose them [L, V]."""
     rows = [list(prompt) for prompt in prompts]
     scores: list[list[torch.Tensor]] = [[] for _ in rows]
     for _ in range(NEW_TOKENS):
