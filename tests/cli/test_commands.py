@@ -369,8 +369,8 @@ def test_evaluate_for_people(run: Run, small: tuple[str, ...], smaller: Path) ->
     done = run("evaluate", smaller, "--teacher", "demo", *small)
     assert done.code == 0 and done.err == ""
     lines = done.out.splitlines()
-    (english,) = (line for line in lines if line.startswith("english"))
-    assert re.search(r"[+-]0\.\d{3} \([+-]0\.\d{3} to [+-]0\.\d{3}\)", english)
+    (english,) = (line for line in lines if line.split()[:1] == ["english"])
+    assert re.search(r"[+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)", english)
     words = ("worse by", "no difference", "too small a sample", "better by")
     for name in ("english", "= all"):
         (said,) = (line for line in lines if line.startswith(f"  {name}: "))
