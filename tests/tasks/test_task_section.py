@@ -198,6 +198,10 @@ def test_pairing_question_by_question() -> None:
     mean = mean_score([student, teacher], [teacher, teacher])
     assert mean["value"] == pytest.approx(0.55)
     assert mean["difference"]["value"] == pytest.approx(-0.05)
+    few = [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+    alike = mean_score(few, few)
+    assert alike["difference"]["low"] < -0.1, "three questions without a difference prove nothing"
+    assert 0.0 <= alike["low"] < 0.3 and 0.7 < alike["high"] <= 1.0
 
 
 def test_the_sample_is_balanced() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from scipy import stats
@@ -12,7 +13,6 @@ from moeprune.evaluation.intervals import (
     LEVEL,
     Estimate,
     Interval,
-    combined,
     estimate,
     mcnemar,
     proportion_difference,
@@ -20,6 +20,7 @@ from moeprune.evaluation.intervals import (
     verdict,
 )
 
+_Z = float(stats.norm.ppf(0.5 + LEVEL / 2.0))
 WANTED = 0.02
 """A difference of accuracy that matters: published tables differ by about so much."""
 
@@ -82,24 +83,64 @@ def _difference(student: Numbers, teacher: Numbers) -> tuple[Interval, float, fl
 
 
 def mean_score(students: Sequence[Numbers], teachers: Sequence[Numbers] | None) -> dict[str, Any]:
-    """The plain mean over several tasks, every task counting the same."""
-    share = 1.0 / len(students)
-    own = combined([(share, estimate(task, unit="questions")) for task in students])
-    found: dict[str, Any] = {**_numbers(own.interval()), "teacher": None, "difference": None}
+    """The plain mean over several tasks, every task counting the same.
+
+    The intervals are normal, around the mean of the tasks' adjusted shares (Agresti and Coull) or
+    adjusted differences (Bonett and Price): a task on which nothing varied is not taken as certain.
+    """
+    own = _mean([_share(task) for task in students], (0.0, 1.0))
+    found: dict[str, Any] = {
+        "value": own.value,
+        "low": own.low,
+        "high": own.high,
+        "teacher": None,
+        "difference": None,
+    }
     if teachers is not None:
-        parts = [_gaps(*both) for both in zip(students, teachers, strict=True)]
-        gap = combined([(share, part) for part in parts])
-        found["teacher"] = math.fsum(share * math.fsum(t) / len(t) for t in teachers)
-        found["difference"] = gap.interval().to_json()
+        gap = _mean([_gap(*both) for both in zip(students, teachers, strict=True)], (-1.0, 1.0))
+        found["teacher"] = math.fsum(math.fsum(t) / len(t) for t in teachers) / len(teachers)
+        found["difference"] = gap.to_json()
     return found
 
 
-def _numbers(interval: Interval) -> dict[str, Any]:
-    return {
-        "value": interval.value,
-        "low": _finite(interval.low),
-        "high": _finite(interval.high),
-    }
+@dataclass(frozen=True)
+class _Part:
+    """One task: its value, where the interval has its middle, its variance, its questions."""
+
+    value: float
+    middle: float
+    variance: float
+    items: int
+
+
+def _mean(parts: Sequence[_Part], bounds: tuple[float, float]) -> Interval:
+    count = len(parts)
+    middle = math.fsum(part.middle for part in parts) / count
+    half = _Z * math.sqrt(math.fsum(part.variance for part in parts)) / count
+    low, high = max(bounds[0], middle - half), min(bounds[1], middle + half)
+    value = math.fsum(part.value for part in parts) / count
+    items = sum(part.items for part in parts)
+    return Interval(value, low, high, LEVEL, items, "normal, adjusted shares of each task")
+
+
+def _share(numbers: Numbers) -> _Part:
+    value, count = math.fsum(numbers) / len(numbers), len(numbers)
+    if not _binary(numbers):
+        return _Part(value, value, estimate(numbers, unit="questions").error ** 2, count)
+    middle = (math.fsum(numbers) + 2.0) / (count + 4.0)
+    return _Part(value, middle, middle * (1.0 - middle) / (count + 4.0), count)
+
+
+def _gap(student: Numbers, teacher: Numbers) -> _Part:
+    count = len(student)
+    if not _binary(student, teacher):
+        paired = _gaps(student, teacher)
+        return _Part(paired.value, paired.value, paired.error**2, count)
+    pairs = list(zip(teacher, student, strict=True))
+    lost, won = pairs.count((1.0, 0.0)), pairs.count((0.0, 1.0))
+    first, second = (lost + 1) / (count + 2), (won + 1) / (count + 2)
+    middle = second - first
+    return _Part((won - lost) / count, middle, (first + second - middle**2) / (count + 2), count)
 
 
 def _gaps(student: Numbers, teacher: Numbers) -> Estimate:
