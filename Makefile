@@ -36,6 +36,8 @@ bench: $(STAMP)
 figures: $(STAMP)
 	$(BIN)/python tests/golden/make.py
 	$(BIN)/python benchmarks/demo_figures.py
+	$(BIN)/moeprune demo --out demo-out --force
+	$(BIN)/python benchmarks/report_screenshots.py demo-out/report.html
 	$(BIN)/python benchmarks/verify_rules.py
 	$(BIN)/python tests/architectures.py
 

@@ -123,6 +123,8 @@ def test_rows_are_what_the_stages_give(
         again = measured["groups"]["all"]
         assert row["perplexity"] == again["perplexity"] and row["kl"] == again["kl"]
         assert row["agreement"] == again["agreement"]
+        assert row["against"] == {name: again["against"][name] for name in row["against"]}
+        assert {"loss", "kl"} <= row["against"].keys()
         assert (row["bytes"], row["nonzero_parameters"]) == (sizes.bytes[1], sizes.nonzero[1])
     own = evaluate("demo", None, texts["heldout"], compute)["groups"]["all"]
     assert result["original"]["perplexity"] == own["perplexity"]
@@ -318,3 +320,22 @@ def test_texts_by_domains(
 
 def test_estimates_have_no_more_digits_than_they_deserve() -> None:
     assert [spoken(s) for s in (41.7, 95, 605, 7300)] == ["42 s", "2 min", "10 min", "2 h 02 min"]
+
+
+def test_the_page_has_an_atlas_and_can_be_drawn_again(compared: Compared, tmp_path: Path) -> None:
+    from moeprune.pipeline.reporting import report
+
+    out, result = compared
+    page = (out / "compare.html").read_bytes()
+    assert b'id="atlas-grid"' in page and b"Content-Security-Policy" in page
+    assert result["atlas"]["domains"] == ["english"]
+    assert report(out, tmp_path / "again.html").missing == ()
+    assert (tmp_path / "again.html").read_bytes() == page
+    half = {**result, "cells": dict(list(result["cells"].items())[:2])}
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/compare.json").write_text(json.dumps(half))
+    [missing] = report(tmp_path / "half").missing
+    assert missing.startswith(f"{len(result['order']) - 2} of {len(result['order'])} cells")
+    (tmp_path / "half/compare.json").write_text(json.dumps({**half, "original": None}))
+    with pytest.raises(MoepruneError, match="measured nothing yet"):
+        report(tmp_path / "half", tmp_path / "none.html")

@@ -31,6 +31,9 @@ _MAX_CONFIG = 1 << 24
 _MAX_INDEX = 1 << 26
 _MAX_NAME = 1000
 _MAX_AXES = 64  # the limit of torch
+REPORT_FILES = ("report.html", "moeprune_run.json")
+"""The page of the run that made a checkpoint, and its data."""
+
 _FOREIGN = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".h5", ".msgpack",
     ".onnx", ".npz", ".npy",
@@ -280,6 +283,8 @@ class Checkpoint:
     def other_files(self) -> list[Path]:
         """Files that are neither weights nor config: tokenizer, card, code.
 
+        The report of the run that made the checkpoint is not of what is made from it.
+
         Raises:
             CheckpointError: one is a link out of the directory: a copy of what it leads to could
                 give away what its owner never meant to publish.
@@ -288,6 +293,8 @@ class Checkpoint:
         found = []
         for file in sorted(self.path.iterdir()):
             if not file.is_file() or file in weights or file.suffix in _FOREIGN:
+                continue
+            if file.name in REPORT_FILES:
                 continue
             if file.name.endswith(".index.json"):
                 continue  # of weights in another format

@@ -40,8 +40,6 @@ from moeprune.models.writer import Piece, write_shards
 
 PROVENANCE = "moeprune.json"
 PLAN_COPY = "moeprune_plan.json"
-REPORT_FILES = ("report.html", "moeprune_run.json")
-"""Of the run that made a checkpoint; not of what is made from it."""
 PROVENANCE_FORMAT = "moeprune.checkpoint/1"
 _MAX_PROVENANCE = 1 << 24
 
@@ -77,7 +75,7 @@ def apply_plan(
         # raw JSON, edited: vendors' own key names stay
         (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         for file in others:
-            if file.name not in (PROVENANCE, PLAN_COPY, CARD, *REPORT_FILES, *CODE_FILES):
+            if file.name not in (PROVENANCE, PLAN_COPY, CARD, *CODE_FILES):
                 shutil.copyfile(file, work / file.name)
         if editor.code is not None:
             for name, text in editor.code.files.items():

@@ -26,7 +26,7 @@ from moeprune.pipeline.inputs import Progress, silent
 _MOST = 12  # tokens named per expert
 _NAMED = 60_000  # tokens named in all: the page holds them
 _LEAST = 3  # slots: what was seen once or twice is typical of nothing
-_SHORT = 6144  # tokens by which the routing of results is measured
+_SHORT = 3072  # tokens by which the routing of results is measured
 
 
 def atlas(store: StatisticsStore, tokenizer: Any = None) -> dict[str, Any]:
@@ -125,8 +125,8 @@ def routing(
     """How many experts every router uses in effect: exp(H) of the shares of its slots.
 
     H is the entropy, in nats, of the experts' shares of a layer's routed slots over the same few
-    thousand tokens for all models. E experts used alike give E, one used alone gives 1. Novices
-    count like experts. A model whose routing cannot be observed is left out.
+    thousand tokens for all models. E experts used alike give E, one used alone gives 1. Slots of
+    novices are not counted. A model whose routing cannot be observed is left out.
 
     Returns:
         ``tokens``, and ``rows``: by name and layer [effective experts, experts].

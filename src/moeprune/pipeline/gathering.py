@@ -90,6 +90,11 @@ def _documents(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield file, data
 
 
+def evaluations(place: Path) -> list[dict[str, Any]]:
+    """What ``evaluate --json`` printed into files of one folder."""
+    return [data for _, data in _documents(place) if data.get("format") == EVALUATION]
+
+
 def _sort(file: Path, data: dict[str, Any], found: _Found) -> None:
     """Put a document where it belongs, by what it says of itself."""
     form = data.get("format")

@@ -11,17 +11,16 @@ from typing import Any
 from moeprune.core.accumulators import Routing
 from moeprune.errors import MoepruneError
 from moeprune.files import json_bytes, load_json, write_together
-from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.checkpoint import REPORT_FILES, Checkpoint
 from moeprune.models.data import load_tokenizer
 from moeprune.models.store import StatisticsStore
-from moeprune.models.surgery import REPORT_FILES
 from moeprune.pipeline import facts
 from moeprune.pipeline.arena.pages import compare_page
 from moeprune.pipeline.arena.state import FORMAT as COMPARE
 from moeprune.pipeline.arena.state import PAGE as COMPARE_PAGE
 from moeprune.pipeline.arena.state import RESULT as COMPARE_RESULT
 from moeprune.pipeline.atlas import atlas
-from moeprune.pipeline.gathering import gather
+from moeprune.pipeline.gathering import evaluations, gather
 from moeprune.pipeline.inputs import Compute, Source
 from moeprune.pipeline.steps import StepDone
 from moeprune.report.html import render_report
@@ -79,7 +78,8 @@ def _drawn(folder: Path) -> tuple[str, list[str], str]:
         return compare_page(folder, result)[0], missing, COMPARE_PAGE
     for name in _RESULTS:
         if (folder / name).is_file():
-            return render_report(_read(folder / name, FORMAT)), [], PAGE
+            result = _read(folder / name, FORMAT)
+            return render_report(_completed(result, folder)), [], PAGE
     result, missing = gather(folder)
     return render_report(result), missing, PAGE
 
@@ -92,6 +92,22 @@ def _read(file: Path, form: str) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != form:
         raise MoepruneError(f"{file} is not of format {form}", "make the run again")
     return data
+
+
+def _completed(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The result with evaluations that were made since and stand beside it."""
+    rows = result.get("rows")
+    if not isinstance(rows, list):
+        return result
+    found = {str(one.get("model")): one for one in evaluations(folder)}
+    filled = []
+    for row in rows:
+        unmeasured = isinstance(row, dict) and not row.get("perplexity")
+        filled.append(row | facts.measured(found.get(str(row.get("name")))) if unmeasured else row)
+    told = result.get("warnings") or []
+    if filled != rows:
+        told = [text for text in told if text != UNMEASURED]
+    return {**result, "rows": filled, "warnings": told}
 
 
 def _unfinished(result: Mapping[str, Any]) -> list[str]:
@@ -147,6 +163,8 @@ class Witness:
         ``measured`` is the evaluation against the original, if there was one.
         """
         base, first, last = dict(steps[0].plan.model), steps[0], steps[-1]
+        # layers may have different numbers; a plan of dropped layers names no expert
+        base["experts"] = max([base["experts"], *(p.experts for p in first.plan.layers.values())])
         base |= {"parameters": first.sizes.parameters[0], "bytes": first.sizes.bytes[0]}
         original = {
             "name": "original", "method": None, "experts": first.sizes.experts[0],

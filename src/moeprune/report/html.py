@@ -74,6 +74,7 @@ def render_report(result: Mapping[str, Any]) -> str:
             data=None if drawn is None else atlas.script(drawn),
             atlas=drawn,
             choices=[] if drawn is None else atlas.choices(drawn),
+            verdicts=intervals.verdicts(result),
             balance=balance.balance(result),
             sections=[
                 (title, words, found)

@@ -8,6 +8,9 @@ from typing import Any
 
 from moeprune.report import wording
 
+ALL = "all"
+"""Under this name evaluation puts all domains together."""
+
 _DEEPEST = 4
 
 
@@ -29,9 +32,26 @@ def interval(entry: Any, digits: int = 2) -> str:
     """
     if not _is_interval(entry):
         return ""
-    low, high = (wording.significant(entry[key], digits) for key in ("low", "high"))
     # lines may break before the bracket, and not in it
-    return f"{signed(entry['value'], digits)} [{low},\N{NO-BREAK SPACE}{high}]"
+    return f"{signed(entry['value'], digits)} {bounds(entry, digits)}"
+
+
+def bounds(entry: Any, digits: int = 2, percent: bool = False) -> str:
+    """``[0.024, 0.038]``, or as per cent ``[97.1, 98.2] %``; empty where there is none."""
+    if not _is_interval(entry):
+        return ""
+    ends = [wording.number(entry[key]) for key in ("low", "high")]
+    if percent:
+        low, high = (wording.percent(end).removesuffix(f"{wording.THIN}%") for end in ends)
+    else:
+        low, high = (wording.significant(end, digits) for end in ends)
+    return f"[{low},\N{NO-BREAK SPACE}{high}]" + (f"{wording.THIN}%" if percent else "")
+
+
+def verdicts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """By result, what the differences over all domains together mean."""
+    found = [(str(row["name"]), verdict(row, ALL)) for row in result["rows"]]
+    return [(name, text) for name, text in found if text]
 
 
 def _is_interval(entry: Any) -> bool:
@@ -51,11 +71,21 @@ def verdict(row: Mapping[str, Any], domain: str) -> str:
 
 
 @dataclass(frozen=True)
+class Number:
+    """A measurement, its interval, and how it differs from the unpruned model."""
+
+    main: str
+    bounds: str = ""
+    difference: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Section:
     """Measurements downwards, results to the right."""
 
     names: tuple[str, ...]
-    lines: tuple[tuple[str, tuple[str, ...]], ...]
+    lines: tuple[tuple[str, tuple[Number, ...]], ...]
 
 
 def section(result: Mapping[str, Any], key: str) -> Section | None:
@@ -66,17 +96,25 @@ def section(result: Mapping[str, Any], key: str) -> Section | None:
     if not names:
         return None
     lines = tuple(
-        (name, tuple(table.get(name, wording.NOTHING) for table in tables)) for name in names
+        (name, tuple(table.get(name, Number(wording.NOTHING)) for table in tables))
+        for name in names
     )
     return Section(tuple(str(row["name"]) for row in rows), lines)
 
 
-def _numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+def _numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Number]]:
     if _is_interval(value):
-        low, high = (wording.significant(value[key]) for key in ("low", "high"))
-        yield " · ".join(path), f"{wording.significant(value['value'])} [{low}, {high}]"
+        yield (
+            " · ".join(path),
+            Number(
+                wording.significant(value["value"]),
+                bounds(value, 3),
+                interval(value.get("difference")),
+                str(value.get("verdict") or ""),
+            ),
+        )
     elif isinstance(value, Mapping) and len(path) < _DEEPEST:
         for name, inner in value.items():
             yield from _numbers(inner, (*path, str(name)))
     elif path and wording.number(value) is not None:
-        yield " · ".join(path), wording.significant(value)
+        yield " · ".join(path), Number(wording.significant(value))

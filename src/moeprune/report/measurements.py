@@ -152,13 +152,19 @@ def _row(
         ),
         perplexity=_perplexities(row, domains, base),
         rest=(
-            Entry(wording.significant(row.get("kl"))),
-            Entry(wording.percent(agreement)),
+            Entry(wording.significant(row.get("kl")), range=_bounds(row, "kl")),
+            Entry(wording.percent(agreement), range=_bounds(row, "agreement")),
             Entry(wording.seconds(total_seconds(row))),
             Entry(wording.size(row.get("peak_memory_bytes"))),
         ),
         loss=Entry(wording.times(ratio)),
     )
+
+
+def _bounds(row: Mapping[str, Any], name: str) -> str:
+    """The interval over all domains, where the row has it."""
+    entry = intervals.difference(row, intervals.ALL, name)
+    return intervals.bounds(entry, percent=name == "agreement")
 
 
 def _perplexities(

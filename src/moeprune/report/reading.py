@@ -51,7 +51,7 @@ _ROW_OPTIONAL: dict[str, _Kinds] = {
     "warnings": _LIST,
 }
 _LAYER: dict[str, _Kinds] = {"keep": _LIST, "replaced": _LIST, "dropped": _LIST}
-_LAYER_OPTIONAL: dict[str, _Kinds] = {"scores": _TABLE, "notes": _LIST}
+_LAYER_OPTIONAL: dict[str, _Kinds] = {"scores": _TABLE, "notes": _LIST, "merged": _TABLE}
 
 
 def check(result: Mapping[str, Any]) -> None:
@@ -68,10 +68,51 @@ def check(result: Mapping[str, Any]) -> None:
         _check_layer_index(layer, "report: usage")
         if not isinstance(shares, _LIST):
             raise MoepruneError(f"report: usage.{layer!r} is not a list of shares")
+    _check_atlas(result.get("atlas"), "report: atlas")
     if not result["rows"]:
         raise MoepruneError("report: 'rows' is empty", "the first row is the unpruned model")
     for index, row in enumerate(result["rows"]):
         _check_row(row, result["model"]["experts"], f"report: rows[{index}]")
+
+
+def _check_atlas(atlas: Any, where: str) -> None:
+    """Numbers where numbers are drawn; the page's script relies on it."""
+    if atlas is None:
+        return
+    if not isinstance(atlas, Mapping):
+        raise MoepruneError(f"{where} is not an object")
+    _allow(atlas, {"domains": _LIST, "tokens": _LIST, "layers": _TABLE, "routing": _TABLE}, where)
+    _allow(atlas.get("routing") or {}, {"rows": _TABLE}, f"{where}.routing")
+    for name, by_layer in ((atlas.get("routing") or {}).get("rows") or {}).items():
+        if not isinstance(by_layer, Mapping):
+            raise MoepruneError(f"{where}.routing: {name!r} is not an object")
+        for layer in by_layer:
+            _check_layer_index(layer, f"{where}.routing")
+    domains, tokens = len(atlas.get("domains") or ()), len(atlas.get("tokens") or ())
+    for layer, entry in (atlas.get("layers") or {}).items():
+        _check_layer_index(layer, f"{where}.layers")
+        inside = f"{where}.layers.{layer}"
+        if not isinstance(entry, Mapping):
+            raise MoepruneError(f"{inside} is not an object")
+        _allow(entry, dict.fromkeys(("count", "gate", "domains", "tokens"), _LIST), inside)
+        well = all(_numbers(entry.get(name) or ()) for name in ("count", "gate"))
+        well &= all(_numbers(part, domains) for part in entry.get("domains") or ())
+        well &= all(
+            isinstance(named, (list, tuple))
+            and all(_numbers(one, 3) and one[0] in range(tokens) for one in named)
+            for named in entry.get("tokens") or ()
+        )
+        if not well:
+            raise MoepruneError(f"{inside} does not hold what an atlas counts")
+
+
+def _numbers(values: Any, size: int | None = None) -> bool:
+    """Whether these are numbers, and so many."""
+    return (
+        isinstance(values, (list, tuple))
+        and size in (None, len(values))
+        and all(type(value) in (int, float) for value in values)
+    )
 
 
 def _check_row(row: Any, experts: int, where: str) -> None:
@@ -86,6 +127,9 @@ def _check_row(row: Any, experts: int, where: str) -> None:
             raise MoepruneError(f"{inside} is not an object")
         _require(entry, _LAYER, inside)
         _allow(entry, _LAYER_OPTIONAL, inside)
+        for old, into in (entry.get("merged") or {}).items():
+            if not (str(old).isdecimal() and isinstance(into, _LIST)):
+                raise MoepruneError(f"{inside}: 'merged' does not say into which experts")
         for name in _LAYER:
             if not all(type(e) is int and 0 <= e < experts for e in entry[name]):
                 raise MoepruneError(f"{inside}: {name!r} is not a list of ids below {experts}")

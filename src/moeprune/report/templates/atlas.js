@@ -24,7 +24,7 @@
   };
   const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(1) + " %");
   const times = (value) => "×" + (value < 9.995 ? value.toFixed(2) : digits(value));
-  const sum = (values) => values.reduce((a, b) => a + b, 0);
+  const sum = (values) => (values || []).reduce((a, b) => a + b, 0);
   const known = (values) => values.filter((v) => v !== null && v !== undefined);
 
   /* shares of the domains among all slots of a layer */
@@ -86,6 +86,7 @@
     const signed = document.getElementById("ramp-signed"), plain = document.getElementById("ramp-plain");
     signed.hidden = !m.signed;
     plain.hidden = Boolean(m.signed);
+    document.getElementById("key-unknown").hidden = !values.flat().includes(null);
     document.getElementById("ramp-low").textContent = m.low || "";
     document.getElementById("ramp-high").textContent = m.high || m.unit(top);
     const used = new Set(row === null ? [] : data.rows[row].fates.join(""));
