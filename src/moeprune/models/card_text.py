@@ -32,7 +32,8 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 
 `trust_remote_code=True` runs `modeling_moeprune.py` of this directory, which needs torch and
 transformers only; `moeprune.load("DIR")` opens it without running files of the checkpoint. Without
-either it fails loudly. vLLM: no, it has no class for such layers."""
+either it fails loudly. vLLM: no, unless moeprune is installed beside it: its plugin serves such
+layers of some families."""
 
 
 def body(
