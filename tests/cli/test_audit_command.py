@@ -17,6 +17,7 @@ def test_prints_and_writes(
     run: Run, english: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit_layers, "COMPARED", 4)  # every pair costs milliseconds
+    monkeypatch.setattr(audit_layers, "RESAMPLES", 4)
     done = run("audit", "demo", "--data", english, *SHORT, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     lines = [line for line in done.out.splitlines() if line.strip()]

@@ -26,8 +26,9 @@ LENGTH = 32
 
 @pytest.fixture(autouse=True, scope="module")
 def fewer_pairs() -> Iterator[None]:
-    """Of experts whose weights are compared: every pair costs milliseconds."""
+    """Of experts whose weights are compared, and fewer resamples: each costs milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit_layers, "RESAMPLES", 4)
         patch.setattr(audit_layers, "COMPARED", 4)
         yield
 
@@ -46,7 +47,7 @@ def stats(shelf: Path, text: Text) -> Path:
 @pytest.fixture(scope="module")
 def given(text: Text, stats: Path) -> dict[str, Any]:
     """From statistics: nothing is observed."""
-    trial = Trial(ratios=(0.5, 0.75), held=6, layers=2)
+    trial = Trial(ratios=(0.5, 0.75), held=5, layers=2)
     return audit("demo", text, stats, trial, FLOAT32)
 
 
@@ -68,7 +69,7 @@ def test_measures_what_a_cut_does(
             for index, one in whole.layers.items()
         },
     )
-    domain = read_calibration(Checkpoint.open("demo"), replace(text, sequences=6))[0]
+    domain = read_calibration(Checkpoint.open("demo"), replace(text, sequences=5))[0]
     target = domain.ids_NL[:, 1:, None]
     teacher = logp(demo_path(), domain.ids_NL)
     said = (given["layers"]["5"]["damage"]["0.75"]["measured"], given["model_damage"]["0.75"])
