@@ -15,12 +15,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Serves pruned models with vLLM on the CPU and writes docs/vllm.md. Not part of `make test`: it
+# Serves pruned models with vLLM on the CPU and writes docs/serving.md. Not part of `make test`: it
 # installs three gigabytes and takes a quarter of an hour.
 test-vllm: $(STAMP) $(VLLM_STAMP)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	rm -rf $(VLLM)/checkpoints
 	$(BIN)/python tests/serving/prepare.py $(VLLM)/checkpoints
-	$(BIN)/python tests/serving/run.py $(VLLM)/checkpoints $(VLLM)/bin/python docs/vllm.md
+	$(BIN)/python tests/serving/run.py $(VLLM)/checkpoints $(VLLM)/bin/python docs/serving.md
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,6 +1,8 @@
 """Whether an audit foretells what a cut costs; writes its part of docs/audit.md.
 
-python benchmarks/audit_figures.py
+python benchmarks/audit_figures.py DIR [audit|truth]
+
+What is finished stays in DIR, and a second run goes on from it.
 
 Audits the embedded model. Then prunes it for real, one layer at a time at every ratio: a plan from
 a calibration of its own (another draw of text), written to disk by ``apply``, and measured by the
@@ -10,11 +12,13 @@ are in no calibration text at all. The two share the method and the model, and n
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +36,9 @@ from moeprune.pipeline.inputs import read_heldout
 
 PAGE = Path(__file__).parent.parent / "docs" / "audit.md"
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
-CALIBRATION = Text(sequences=120, length=512, seed=1)
-HELD_OUT = Text(sequences=16, length=256)
-BATCH = 6  # models that are measured together
+CALIBRATION = Text(sequences=96, length=512, seed=1)
+HELD_OUT = Text(sequences=8, length=256)  # per domain; the audit holds 16 384 tokens out
+COMPUTE = Compute(dtype="float32")
 
 Cell = tuple[int, float]
 
@@ -48,42 +52,25 @@ def alone(whole: Plan, layer: int) -> Plan:
     return replace(whole, layers=layers)
 
 
-def prune_and_measure(work: Path, compute: Compute) -> tuple[dict[Cell, float], dict[float, float]]:
-    """KL on held-out text, of one layer at a time and of all layers."""
+def prune_and_measure(work: Path) -> dict[str, float]:
+    """KL on held-out text by "layer ratio", layer "all" for all of them."""
     store = work / "statistics"
-    calibrate("demo", store, CALIBRATION, compute=compute)
-    found: dict[Any, float] = {}
-    waiting: list[tuple[Any, Path]] = []
-
-    def write(key: Any, made: Plan) -> None:
-        out = work / f"model-{len(found) + len(waiting)}"
-        apply("demo", made, out)
-        waiting.append((key, out))
-        if len(waiting) == BATCH:
-            measure()
-
-    def measure() -> None:
-        teacher = Checkpoint.open("demo")
-        models = {str(out): compute.open(Checkpoint.open(out)) for _, out in waiting}
-        results = evaluate(
-            {"teacher": compute.open(teacher), **models}, read_heldout(teacher, HELD_OUT), "teacher"
-        )
-        for key, out in waiting:
-            kl = results[str(out)].total().to_json()["kl"]
-            assert kl is not None
-            found[key] = float(kl)
-            print(key, found[key], flush=True)
-        waiting.clear()
-
+    calibrate("demo", store, CALIBRATION, compute=COMPUTE)
+    made: dict[str, Plan] = {}
     for ratio in RATIOS:
-        whole = plan("demo", "mone", Budget(ratio=ratio), store, compute=compute)
-        write(ratio, whole)
+        whole = plan("demo", "mone", Budget(ratio=ratio), store, compute=COMPUTE)
+        made[f"all {ratio}"] = whole
         for layer in sorted(whole.layers):
-            write((layer, ratio), alone(whole, layer))
-    if waiting:
-        measure()
-    cells = {key: value for key, value in found.items() if isinstance(key, tuple)}
-    return cells, {ratio: found[ratio] for ratio in RATIOS}
+            made[f"{layer} {ratio}"] = alone(whole, layer)
+    models = {}
+    for number, (key, one) in enumerate(made.items()):
+        apply("demo", one, work / str(number))
+        models[key] = COMPUTE.open(Checkpoint.open(work / str(number)))
+    demo = Checkpoint.open("demo")
+    results = evaluate(
+        {"teacher": COMPUTE.open(demo), **models}, read_heldout(demo, HELD_OUT), "teacher"
+    )
+    return {key: float(results[key].total().to_json()["kl"] or 0.0) for key in made}
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -115,7 +102,8 @@ def text(result: dict[str, Any], cpu: float, cells: Mapping[Cell, float], every:
         f"{cpu:.0f} s of CPU time and {result['seconds']:.0f} s on the wall ({os.cpu_count()} "
         f"cores that had other work too, {platform.machine()}, {versions}). Truth: "
         f"{len(cells) + len(every)} checkpoints pruned from another calibration and evaluated on "
-        "other text; see the head of the script.\n",
+        f"{HELD_OUT.sequences * HELD_OUT.length * 10} tokens of other text; see the head of the "
+        "script.\n",
         table(
             ["Spearman's ρ with the true KL", *foretold],
             [
@@ -166,20 +154,40 @@ def text(result: dict[str, Any], cpu: float, cells: Mapping[Cell, float], every:
     return "\n".join(parts)
 
 
-def main() -> None:
-    compute = Compute(dtype="float32")
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What an earlier run has left in ``file``, or else what is made now."""
+    if not file.is_file():
+        file.write_text(json.dumps(make()), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def audited() -> dict[str, Any]:
     start = time.process_time()
-    result = audit("demo", compute=compute)
-    cpu = time.process_time() - start
-    print(f"audit: {cpu:.1f} s of CPU, {result['seconds']:.1f} s", flush=True)
+    result = audit("demo", compute=COMPUTE)
+    return {"result": result, "cpu": time.process_time() - start}
+
+
+def pruned() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as work:
-        cells, every = prune_and_measure(Path(work), compute)
+        return prune_and_measure(Path(work))
+
+
+def main() -> None:
+    folder, parts = Path(sys.argv[1]), sys.argv[2:] or ["audit", "truth"]
+    folder.mkdir(parents=True, exist_ok=True)
+    if "audit" in parts:
+        one = kept(folder / "audit.json", audited)
+    if "truth" in parts:
+        truth = kept(folder / "truth.json", pruned)
+    if len(parts) < 2:
+        return
+    every = {ratio: truth[f"all {ratio}"] for ratio in RATIOS}
+    layers = one["result"]["model"]["moe_layers"]
+    cells = {(layer, ratio): truth[f"{layer} {ratio}"] for layer in layers for ratio in RATIOS}
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(
-        before + BEGIN + text(result, cpu, cells, every) + END + after, encoding="utf-8"
-    )
+    figures = text(one["result"], one["cpu"], cells, every)
+    PAGE.write_text(before + BEGIN + figures + END + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from moeprune.evaluation.intervals import (
     Estimate,
@@ -81,6 +83,20 @@ def one_and_the_rest(rng: np.random.Generator, size: int, skew: float) -> Draw:
     return first.minus(rest).interval(), 0.0
 
 
+def students_t(rng: np.random.Generator, size: int, skew: float) -> Draw:
+    """Not used by the package: what the usual interval would do."""
+    found = domain(rng, size, skew)
+    half = float(stats.t.ppf(0.975, size - 1)) * found.error
+    return replace(found.interval(), low=found.value - half, high=found.value + half), LOSS
+
+
+def percentiles(rng: np.random.Generator, size: int, skew: float) -> Draw:
+    """Not used by the package: quantiles of the resampled means."""
+    found = domain(rng, size, skew)
+    low, high = found.value + np.quantile(found.shift_B, [0.025, 0.975])
+    return replace(found.interval(), low=float(low), high=float(high)), LOSS
+
+
 def questions(first: float, second: float) -> Callable[[np.random.Generator, int], Draw]:
     """Two models of which each alone is right on such shares of the questions."""
 
@@ -97,9 +113,11 @@ MEANS = {
     "agreement, documents": agreement,
     "all of six domains": all_domains,
     "one domain minus the others": one_and_the_rest,
+    "*Student's t, documents*": students_t,
+    "*percentile bootstrap, documents*": percentiles,
 }
 SHARES = {"3 % and 3 %": (0.03, 0.03), "10 % and 5 %": (0.1, 0.05), "20 % and 20 %": (0.2, 0.2)}
-SIZES, SKEWS, QUESTIONS = (6, 8, 10, 15, 25, 50), (0.5, 1.0), (50, 100, 200, 500, 2000)
+SIZES, SKEWS, QUESTIONS = (6, 8, 10, 15, 25, 50), (0.5, 1.0, 1.5), (50, 100, 200, 500, 2000)
 
 
 def coverage(draw: Callable[[], Draw], repetitions: int) -> float:

@@ -222,8 +222,8 @@ class Row:
         return float((self.before[part]["loss"] - self.found["after"][part]["loss"]) / lost)
 
 
-def rows(folder: Path) -> list[Row]:
-    """Whatever is there, in order of students and ways."""
+def rows(folder: Path, steps: int | None) -> list[Row]:
+    """What is finished with these settings, in order of students and ways."""
     found = []
     for name in STUDENTS:
         before = finished(folder / "cells" / f"{slug(name)}.json", student_settings(name))
@@ -232,8 +232,8 @@ def rows(folder: Path) -> list[Row]:
         found.append(Row(name, "", before, before["after"]))
         for way in WAYS:
             file = folder / "cells" / f"{slug(name, way)}.json"
-            if file.is_file():
-                cell = json.loads(file.read_text(encoding="utf-8"))
+            cell = finished(file, cell_settings(name, way, steps))
+            if cell is not None:
                 found.append(Row(name, way, cell, before["after"]))
     return found
 
@@ -279,8 +279,8 @@ def domain_table(found: list[Row], whole: dict[str, Any]) -> list[str]:
     return lines
 
 
-def tables(folder: Path) -> str:
-    whole, found = original(folder)["after"], rows(folder)
+def tables(folder: Path, steps: int | None) -> str:
+    whole, found = original(folder)["after"], rows(folder, steps)
     note = (
         f"On {platform.machine()}; the original has log-perplexity {whole['seen']['loss']:.4f} on "
         f"seen and {whole['unseen']['loss']:.4f} on unseen domains. Every cell ran on one core."
@@ -301,7 +301,7 @@ def main() -> None:
     chosen = parser.parse_args()
     original(chosen.folder)
     fill(chosen.folder, chosen.only, chosen.ways, chosen.steps, chosen.jobs)
-    text = tables(chosen.folder)
+    text = tables(chosen.folder, chosen.steps)
     if chosen.dry or chosen.steps:
         print(text)
         return

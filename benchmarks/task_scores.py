@@ -1,6 +1,6 @@
 """Writes docs/tasks.md: the papers' protocols on the embedded model and three results from it.
 
-python benchmarks/task_scores.py DIR [--limit 50] [--subject-limit 4] [--shots-limit 8]
+python benchmarks/task_scores.py DIR [--limit 24] [--subject-limit 1] [--shots-limit 3]
 
 DIR holds the tasks' data as NAME.jsonl with the columns of the harness's own data sets. All models
 see the same questions in the same pass through the streamed door.
@@ -20,7 +20,7 @@ import torch
 
 import moeprune
 from moeprune import Budget, Compute, Text
-from moeprune.cli.task_tables import _between, _number, _signed
+from moeprune.cli.task_tables import between, number, signed
 from moeprune.evaluation import blimp
 from moeprune.evaluation.harness import doors, running
 from moeprune.evaluation.harness.catalogue import Catalogue, harness_version
@@ -61,14 +61,15 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 def cell(entry: Mapping[str, Any]) -> str:
     gap = entry["difference"]
-    own = _number(entry["value"]) + _between(entry["low"], entry["high"])
-    return own if gap is None else f"{_number(entry['value'])}; {_signed(gap)}"
+    own = number(entry["value"]) + between(entry["low"], entry["high"])
+    return own if gap is None else f"{number(entry['value'])}; {signed(gap)}"
 
 
 def of_protocol(
     protocol: Protocol, results: Results, left_out: Mapping[Asked, Any], names: list[str]
 ) -> Iterator[str]:
-    yield f"\n### {protocol.name}: {protocol.source}, {protocol.shots}-shot\n\n{protocol.remark}.\n\n"
+    yield f"\n### {protocol.name}: {protocol.source}, {protocol.shots}-shot\n\n"
+    yield f"{protocol.remark}.\n\n"
     rows, cut = [], []
     for task, metric in protocol.metrics.items():
         found = results.get(Asked(task, protocol.shots))
@@ -108,14 +109,12 @@ def of_sample(right: Mapping[str, list[bool]], names: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
-    parser.add_argument("--limit", type=int, default=50)
-    parser.add_argument("--subject-limit", type=int, default=4)
-    parser.add_argument("--shots-limit", type=int, default=8)
+    parser.add_argument("--limit", type=int, default=24)
+    parser.add_argument("--subject-limit", type=int, default=1)
+    parser.add_argument("--shots-limit", type=int, default=3)
     given = parser.parse_args()
     begin, compute = time.process_time(), Compute(dtype="float32", workers=2)
-    asked = list(
-        dict.fromkeys(Asked(t, p.shots) for p in PROTOCOLS.values() for t in p.metrics)
-    )
+    asked = list(dict.fromkeys(Asked(t, p.shots) for p in PROTOCOLS.values() for t in p.metrics))
     catalogue = Catalogue([one.task for one in asked])
     ready, left_out = running.prepare(asked, catalogue, running.data_folder(given.data), False)
     results: dict[Asked, dict[str, Outcome]] = {}
@@ -138,10 +137,11 @@ def main() -> None:
         f"--subject-limit {given.subject_limit} --shots-limit {given.shots_limit}"
     )
     text = [
-        f"```sh\n{command}\n```\n\nlm_eval {harness_version()}, torch {torch.__version__}, float32, "
-        f"{time.process_time() - begin:.0f} seconds of CPU. The original has its 95 % interval; the "
-        "others have the score and the difference to the original on the same questions with its "
-        "95 % interval.\n",
+        f"```sh\n{command}\n```\n\n",
+        f"lm_eval {harness_version()}, torch {torch.__version__}, float32, ",
+        f"{time.process_time() - begin:.0f} seconds of CPU. The original has its 95 % interval; ",
+        "the others have the score and the difference to the original on the same questions with ",
+        "its 95 % interval.\n",
         of_sample(right, names),
     ]
     for protocol in PROTOCOLS.values():

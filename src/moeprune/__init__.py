@@ -34,6 +34,7 @@ _HOME = {
     "Text": "moeprune.pipeline.inputs",
     "Writing": "moeprune.models.editing",
     "apply": "moeprune.pipeline.stages",
+    "audit": "moeprune.pipeline.auditing",
     "calibrate": "moeprune.pipeline.calibration",
     "compare": "moeprune.pipeline.arena.run",
     "evaluate": "moeprune.pipeline.evaluating",
@@ -68,6 +69,7 @@ __all__ = [
     "Writing",
     "__version__",
     "apply",
+    "audit",
     "calibrate",
     "compare",
     "evaluate",
@@ -99,6 +101,7 @@ if TYPE_CHECKING:
     from moeprune.models.skip_experts import skip_experts
     from moeprune.models.store import merge_statistics, read_plan, write_plan
     from moeprune.pipeline.arena.run import Grid, compare
+    from moeprune.pipeline.auditing import audit
     from moeprune.pipeline.calibration import calibrate
     from moeprune.pipeline.comparison import plan_diff
     from moeprune.pipeline.evaluating import evaluate

@@ -123,6 +123,8 @@ def test_rows_are_what_the_stages_give(
         again = measured["groups"]["all"]
         assert row["perplexity"] == again["perplexity"] and row["kl"] == again["kl"]
         assert row["agreement"] == again["agreement"]
+        assert row["against"] == {name: again["against"][name] for name in row["against"]}
+        assert {"loss", "kl"} <= row["against"].keys()
         assert (row["bytes"], row["nonzero_parameters"]) == (sizes.bytes[1], sizes.nonzero[1])
     own = evaluate("demo", None, texts["heldout"], compute)["groups"]["all"]
     assert result["original"]["perplexity"] == own["perplexity"]

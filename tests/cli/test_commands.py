@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -367,7 +368,13 @@ def test_evaluate(run: Run, small: tuple[str, ...], smaller: Path) -> None:
 def test_evaluate_for_people(run: Run, small: tuple[str, ...], smaller: Path) -> None:
     done = run("evaluate", smaller, "--teacher", "demo", *small)
     assert done.code == 0 and done.err == ""
-    assert "english" in done.out and "all: KL" in done.out
+    lines = done.out.splitlines()
+    (english,) = (line for line in lines if line.startswith("english"))
+    assert re.search(r"[+-]0\.\d{3} \([+-]0\.\d{3} to [+-]0\.\d{3}\)", english)
+    words = ("worse by", "no difference", "too small a sample", "better by")
+    for name in ("english", "= all"):
+        (said,) = (line for line in lines if line.startswith(f"  {name}: "))
+        assert said.removeprefix(f"  {name}: ").startswith(words)
 
 
 # --- the command line itself

@@ -43,8 +43,11 @@ def made(english: Path, shelf: Path) -> Made:
         FLOAT32,
         command="moeprune demo <test>",
         progress=lambda what, done, total: steps.append(what),
+        pairs=10,
     )
-    assert {"walking", "novices: planning", "fewer: writing", "evaluating"} <= set(steps)
+    assert {"walking", "novices: planning", "fewer: writing", "evaluating", "blimp_sample"} <= set(
+        steps
+    )
     return out, result
 
 
@@ -115,9 +118,13 @@ def test_measurements_are_those_of_evaluate(made: Made) -> None:
         total = again["groups"]["all"]
         assert row["kl"] == pytest.approx(total["kl"], rel=1e-5)
         assert row["agreement"] == total["agreement"]
+        assert row["against"].keys() == {*perplexity, "all"}
+        whole = row["against"]["all"]
+        assert whole["kl"]["value"] == pytest.approx(row["kl"], rel=1e-9)
+        assert whole["loss"] == total["against"]["loss"]
     assert len(perplexity) == 10
     original = result["rows"][0]
-    assert original["kl"] is None
+    assert original["kl"] is None and "against" not in original
     assert original["loss"] < min(row["loss"] for row in result["rows"][1:])
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moeprune
 from moeprune import Budget, Compute, Text, apply, calibrate, evaluate, plan
 from moeprune.evaluation.perplexity import DomainScore, Evaluation, Sums
+from moeprune.evaluation.schema import FORMAT, check
 from moeprune.models.checkpoint import demo_path
 from moeprune.models.data import demo_text
 
@@ -188,12 +189,17 @@ def test_embedded_text(shelf: Path) -> None:
     result = evaluate("demo", text=Text((), 1, 8), compute=FLOAT32)
     assert list(result["domains"]) == sorted(demo_text("heldout"))
     assert all(score["tokens"] == 7 for score in result["domains"].values())
+    # nothing to compare it with
+    assert not any("against" in score for score in result["domains"].values())
+    assert result["findings"] == []
 
 
 def test_result_is_JSON(novices: Path, english: Path) -> None:
     result = evaluate(novices, "demo", Text((str(english),), 1, 32), FLOAT32)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert result["model"] == "mone" and result["teacher"] == "demo"
+    assert check(result).format == FORMAT
+    assert result["domains"]["english"]["seen"] is True
 
 
 def score(tokens: float, nll: float, kl: float = 0.0, agree: float = 0.0) -> DomainScore:
@@ -232,4 +238,7 @@ def test_a_model_that_overflows(shelf: Path, english: Path) -> None:
     result = evaluate(shelf / "broken", "demo", Text((str(english),), 1, 16), FLOAT32)
     json.dumps(result, allow_nan=False)
     assert result["groups"]["all"]["perplexity"] is None and result["groups"]["all"]["kl"] is None
-    assert result["domains"]["english"]["tokens"] == 15
+    english_score = result["domains"]["english"]
+    assert english_score["tokens"] == 15
+    against = english_score["against"]
+    assert against["kl"]["low"] is None and against["verdict"].startswith("unknown")

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from families import save_tiny
 from moeprune import load, recover, training, verify
+from moeprune.cli.app import app
 from moeprune.errors import MoepruneError
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.pipeline.inputs import Text
@@ -92,8 +94,8 @@ def test_families(text: Text, tmp_path: Path, family: str) -> None:
     big = with_tokenizer(save_tiny(family, tmp_path / "big", vocab_size=6144))
     student = prune(big, "masked", tmp_path / "student")
     before = tree(student)
-    made = recover(student, big, tmp_path / "healed", quick(steps=4), text)
-    assert sum(layer["after"] < layer["before"] for layer in made.layers) >= len(made.layers) - 1
+    made = recover(student, big, tmp_path / "healed", quick(learning_rate=1e-3), text)
+    assert made.held is not None and made.held[1] < made.held[0]
     assert not [f for f in verify(tmp_path / "healed").findings if f.severity == "error"]
     assert tree(student) == before
 
@@ -166,6 +168,7 @@ def test_killed_and_resumed_at_the_layer_where_it_was_cut(
     assert done.returncode == -signal.SIGKILL
     assert not cut.exists()
     assert (tmp_path / "cut.recovery" / "layer-00000" / "manifest.json").is_file()
+    assert (tmp_path / "cut.recovery" / "log.jsonl").is_file()
     with pytest.raises(MoepruneError, match="cut after 1 layer:"):
         recover(students["masked"], teacher, cut, chosen, text)
     with pytest.raises(MoepruneError, match="another steps"):
@@ -201,7 +204,7 @@ def test_processes_share_layers_and_give_the_same_bytes(
 def test_an_error_in_a_process_is_the_commands(
     students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path
 ) -> None:
-    chosen = quick(target="dense-inputs", learning_rate=9.0, weight_decay=9.0, steps=400)
+    chosen = quick(target="dense-inputs", train=("experts",), learning_rate=9.0, weight_decay=9.0)
     with pytest.raises(MoepruneError, match="not finite in layer"):
         recover(students["dropped"], teacher, tmp_path / "x", chosen, text, processes=2)
     assert not (tmp_path / "x").exists()
@@ -248,10 +251,6 @@ def test_what_cannot_be_shared_or_taught(
 
 
 def test_the_command(students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from moeprune.cli.app import app
-
     out = tmp_path / "healed"
     arguments = ["recover", students["masked"], "--teacher", teacher, "--layerwise", "--json"]
     arguments += ["--data", text.sources[0], "--sequences", 40, "--length", 32, "--out", out]
@@ -259,3 +258,19 @@ def test_the_command(students: dict[str, Path], teacher: Path, text: Text, tmp_p
     assert found.exit_code == 0, found.output
     assert len(json.loads(found.stdout)["layers"]) == 2
     assert torch.isfinite(load(out).lm_head.weight).all()
+
+
+@pytest.mark.slow
+def test_launched_processes_share_layers_too(
+    students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0", "-m", "moeprune", "recover", str(students["masked"])]
+    command += ["--teacher", str(teacher), "--layerwise", "--target", "dense-inputs", "--steps", "8"]
+    command += ["--batch", "8", "--learning-rate", "3e-3", "--holdout", "0.2", "--sequences", "40"]
+    command += ["--length", "32", "--data", text.sources[0], "--out", str(tmp_path / "two")]
+    subprocess.run(command, env=dict(os.environ), check=True, capture_output=True)
+    chosen = quick(target="dense-inputs")
+    recover(students["masked"], teacher, tmp_path / "one", chosen, text)
+    assert tensor_digests(tmp_path / "one") == tensor_digests(tmp_path / "two")

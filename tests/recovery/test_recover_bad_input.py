@@ -5,14 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import DistributedType
 
 from families import save_tiny
 from moeprune import recover, training
 from moeprune.errors import MoepruneError
 from moeprune.pipeline.inputs import Text
+from moeprune.recovery import trainer
 from recovering import prune, with_tokenizer
 from support import tree
 
@@ -76,6 +79,20 @@ def test_groups_that_are_not_there(
     with pytest.raises(MoepruneError, match="no novices"):
         chosen = training("full", None, {"train": ("novices",)})
         recover(students["dropped"], teacher, tmp_path / "out", chosen, text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fsdp", "named"),
+    [("FSDP", "true", "FSDP"), ("DEEPSPEED", "", "DEEPSPEED"), ("MULTI_CPU", "true", "FSDP")],
+)
+def test_weights_that_would_be_split_over_processes(
+    monkeypatch: pytest.MonkeyPatch, kind: str, fsdp: str, named: str
+) -> None:
+    split = SimpleNamespace(distributed_type=DistributedType(kind), num_processes=2)
+    monkeypatch.setattr(trainer, "Accelerator", lambda **options: split)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
+    with pytest.raises(MoepruneError, match=f"cannot train with {named}"):
+        trainer.open_accelerator(True, training("full"))
 
 
 def test_an_output_that_is_there(

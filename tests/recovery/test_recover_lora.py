@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from families import tiny_model
 from moeprune import load, recover, training, verify
 from moeprune.errors import MoepruneError
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.pipeline.inputs import Text
+from moeprune.recovery.groups import digests, parameters_of
+from moeprune.recovery.lora import Adapters, targets
 from moeprune.recovery.session import Session
 from support import tensor_digests
 
@@ -47,6 +50,38 @@ def test_the_merged_model_is_the_adapted_one(
     assert float((found - plain).abs().max()) > 0.01
     assert set(session.groups.values()) == {"experts", "rest", "routers"}
     assert all(n[0] == n[1] for g, n in session.changed().items() if g != "frozen")
+
+
+LAYOUTS = {
+    "qwen3_moe": "fused", "gpt_oss": "transposed, with biases", "granitemoe": "modules of its own",
+    "nemotron_h": "without a gate", "llama4_text": "one input for all experts",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_what_is_said_to_train_trains_in_every_layout(family: str) -> None:
+    model = tiny_model(family)
+    made = training("lora", None, {"rank": 2, "dropout": 0.0})
+    parameters = parameters_of(model)
+    chosen = targets(model, parameters, made.train)
+    assert {name for name in parameters.masked if name not in chosen} == set()
+    before = digests(model, chosen)
+    torch.manual_seed(0)
+    adapters = Adapters(model, chosen, made)
+    ids = torch.randint(3, 60, (4, 32), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # the matrices that begin at zero train first, the others then
+        adapters.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        for name, p in adapters.model.named_parameters():
+            if name in adapters.groups and "lora_B" in name:
+                assert p.grad is not None and bool(p.grad.abs().sum() > 0), name
+        with torch.no_grad():
+            for name, p in adapters.model.named_parameters():
+                if name in adapters.groups:
+                    p.sub_(0.1 * p.grad)
+    assert set(adapters.groups.values()) == set(chosen.values()) == {"experts", "rest"}
+    adapters.merge()
+    after = digests(model, chosen)
+    assert [name for name in chosen if after[name] == before[name]] == []
 
 
 def test_merged_on_disk_with_the_zeros_put_back(

@@ -27,8 +27,10 @@ def server(python: Path, checkpoint: Path, dtype: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    named = name_of_vllm(checkpoint.parent / "metadata")
     environment = {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(named), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
@@ -48,6 +50,17 @@ def server(python: Path, checkpoint: Path, dtype: str) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(60)
+
+
+def name_of_vllm(folder: Path) -> Path:
+    """A folder that tells Python of a package ``vllm``.
+
+    The one for CPUs is called vllm-cpu, and its command line asks for the version of ``vllm``.
+    """
+    about = folder / "vllm-0.32.0+cpu.dist-info" / "METADATA"
+    about.parent.mkdir(parents=True, exist_ok=True)
+    about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    return folder
 
 
 def options(checkpoint: Path, dtype: str) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-
 from compared import FLOAT32_TIE, LEAST, Compared
 
 VERSIONS: dict[str, str] = {}

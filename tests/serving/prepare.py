@@ -24,14 +24,15 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import moeprune
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from special import SPECIAL, write_special
 
 from families import VOCABULARY, tiny_model, token_ids
 from moeprune.models.checkpoint import demo_path
 from moeprune.models.data import demo_text, read_documents
-from special import SPECIAL, write_special
 
-NEW_TOKENS = 48
+NEW_TOKENS = 24
 PROMPTS = 12
 MANY_PROMPTS = 32
 CANDIDATES = 8
@@ -122,7 +123,8 @@ def demo_prompts(number: int = PROMPTS) -> list[list[int]]:
 
 def random_prompts() -> list[list[int]]:
     """Prompts of different lengths."""
-    return [token_ids(1, 8 + 3 * row, VOCABULARY, row)[0].tolist() for row in range(PROMPTS)]
+    lengths = [8 + 11 * (row % 4) for row in range(PROMPTS)]
+    return [token_ids(1, n, VOCABULARY, row)[0].tolist() for row, n in enumerate(lengths)]
 
 
 @torch.no_grad()
@@ -140,17 +142,28 @@ def logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], last: int) -> 
 def continuations(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]]
 ) -> list[tuple[list[int], torch.Tensor]]:
-    """Greedy tokens behind each prompt, and the logarithmic probabilities that chose them [L, V]."""
-    rows = [list(prompt) for prompt in prompts]
-    scores: list[list[torch.Tensor]] = [[] for _ in rows]
-    for _ in range(NEW_TOKENS):
-        for row, kept, found_1V in zip(rows, scores, logits(model, rows, 1), strict=True):
-            kept.append(found_1V[0].log_softmax(-1))
-            row.append(int(kept[-1].argmax()))
-    return [
-        (row[len(prompt) :], torch.stack(kept))
-        for row, kept, prompt in zip(rows, scores, prompts, strict=True)
-    ]
+    """Greedy tokens behind each prompt, and the log-probabilities that chose them [L, V]."""
+    found: dict[int, tuple[list[int], torch.Tensor]] = {}
+    for length in sorted({len(prompt) for prompt in prompts}):  # no padding inside a batch
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
+        ids = torch.tensor([prompts[row] for row in rows])
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        scores_NLV = torch.stack(made.logits, 1).float().log_softmax(-1)
+        for row, tokens, scores_LV in zip(
+            rows, made.sequences[:, length:].tolist(), scores_NLV, strict=True
+        ):
+            found[row] = tokens, scores_LV
+    return [found[row] for row in range(len(prompts))]
 
 
 def reference(

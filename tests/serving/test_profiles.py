@@ -56,7 +56,7 @@ def test_golden_lines() -> None:
 
 def test_what_no_server_can_do() -> None:
     novices = {**PLAN.layers, 1: LayerPlan(1, 5, (0, 2, 3), replaced=(1,))}
-    with pytest.raises(PlanError, match="layer 1: .* cannot make novices"):
+    with pytest.raises(PlanError, match=r"layer 1: .* cannot make novices"):
         export(replace(PLAN, layers=novices))
     with pytest.raises(PlanError, match="decoder layers"):
         export(replace(PLAN, drop_layers=(0,)))

@@ -33,12 +33,12 @@ def _row(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
         "task": name,
         "metric": f"{entry['metric']}, {entry['shots']}-shot",
         "questions": str(entry["items"]),
-        "model": _number(entry["value"]) + _between(entry["low"], entry["high"]),
+        "model": number(entry["value"]) + between(entry["low"], entry["high"]),
     }
     if entry["teacher"] is not None:
         gap = entry["difference"]
-        found["teacher"] = _number(entry["teacher"])
-        found["difference"] = "–" if gap is None else _signed(gap)
+        found["teacher"] = number(entry["teacher"])
+        found["difference"] = "–" if gap is None else signed(gap)
         found["p"] = "–" if entry["p"] is None else f"{entry['p']:.2g}"
         found["verdict"] = entry["verdict"] or "–"
     return found
@@ -54,8 +54,8 @@ def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             {
                 "model": str(row["name"]),
                 "questions": str(entry["items"]),
-                "right": _number(entry["value"]) + _between(entry["low"], entry["high"]),
-                "difference": "–" if gap is None else _signed(gap),
+                "right": number(entry["value"]) + between(entry["low"], entry["high"]),
+                "difference": "–" if gap is None else signed(gap),
                 "verdict": entry["verdict"] or "–",
             }
         )
@@ -65,10 +65,10 @@ def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def _mean(like: Mapping[str, str], mean: Mapping[str, Any]) -> dict[str, str]:
     known = {
         "task": "mean",
-        "model": _number(mean["value"]) + _between(mean["low"], mean["high"]),
+        "model": number(mean["value"]) + between(mean["low"], mean["high"]),
     }
     if mean["teacher"] is not None:
-        known |= {"teacher": _number(mean["teacher"]), "difference": _signed(mean["difference"])}
+        known |= {"teacher": number(mean["teacher"]), "difference": signed(mean["difference"])}
     return {key: known.get(key, "") for key in like}
 
 
@@ -84,13 +84,16 @@ def _notes(entries: Mapping[str, Any]) -> None:
         output.OUT.print(note, markup=False, soft_wrap=True)
 
 
-def _signed(gap: Mapping[str, Any]) -> str:
-    return f"{gap['value']:+.3f}" + _between(gap["low"], gap["high"], "+.3f")
+def signed(gap: Mapping[str, Any]) -> str:
+    """A difference with its interval."""
+    return f"{gap['value']:+.3f}" + between(gap["low"], gap["high"], "+.3f")
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A score, or a perplexity."""
     return f"{value:.3f}" if value < 10 else f"{value:.4g}"
 
 
-def _between(low: float | None, high: float | None, form: str = ".3f") -> str:
+def between(low: float | None, high: float | None, form: str = ".3f") -> str:
+    """An interval, or nothing where there is none."""
     return "" if low is None or high is None else f" [{low:{form}}, {high:{form}}]"

@@ -110,3 +110,4 @@ def _compared(walk: BranchedWalk, index: int) -> Iterator[Sums]:
     for logits_BLV in walk.held_logits(index):
         yield window_sums(logits_BLV[:, :-1], ids_BL, reference)
         reference = reference or Reference.of(logits_BLV[:, :-1])
+        del logits_BLV  # the next ones are computed before this name is used again

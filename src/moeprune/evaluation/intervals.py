@@ -20,11 +20,12 @@ Floats = NDArray[np.float64]
 
 LEVEL, POWER = 0.95, 0.8
 RESAMPLES = 1999
-MOST = 1000
+MOST = 300
 """With more clusters than this the mean is normal, and nothing is resampled."""
-FEWEST = 10
+FEWEST = 6
 """Fewer independent items than this carry no interval that can be trusted."""
 _NO_SPREAD = 1e-9
+_APART = 211  # resamples; a prime that does not divide their number
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def estimate(
         weights_N: what each sum is over (tokens); 1 by default.
         clusters_N: the cluster of each item; each its own by default.
         unit: what a cluster is, in the plural.
-        stream: seeds the resampling; estimates that are to be combined need different ones.
+        stream: seeds the resampling; give estimates that are to be combined different ones.
     """
     s_N = np.asarray(sums_N, dtype=np.float64)
     w_N = np.ones_like(s_N) if weights_N is None else np.asarray(weights_N, dtype=np.float64)
@@ -172,7 +173,7 @@ def estimate(
     return Estimate(value, error, count, unit, shift_B, error_B)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _resamples(count: int, stream: str) -> Floats:
     """How often each of ``count`` clusters is in each of B resamples."""
     seeded = np.random.default_rng([zlib.crc32(stream.encode()), count])
@@ -181,12 +182,16 @@ def _resamples(count: int, stream: str) -> Floats:
 
 
 def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
-    """Σ factor · estimate of independent parts, such as domains; errors add in squares."""
+    """Σ factor · estimate of independent parts, such as domains; errors add in squares.
+
+    Resample by resample; parts of one stream are shifted against each other, so that what was drawn
+    for one does not go together with the same draw for another.
+    """
     shift_B = np.zeros(RESAMPLES)
     squares_B = np.zeros(RESAMPLES)
-    for factor, part in parts:
-        shift_B += factor * part.shift_B
-        squares_B += np.square(factor * part.error_B)
+    for number, (factor, part) in enumerate(parts):
+        shift_B += factor * np.roll(part.shift_B, number * _APART)
+        squares_B += np.square(factor * np.roll(part.error_B, number * _APART))
     return Estimate(
         value=math.fsum(factor * part.value for factor, part in parts),
         error=math.sqrt(math.fsum((factor * part.error) ** 2 for factor, part in parts)),

@@ -98,8 +98,8 @@ class Paired:
         loss = self.loss.interval()
         if self.same:
             loss, kl, agreement = (self._without_spread(each) for each in (loss, kl, agreement))
-        kl = replace(kl, low=max(0.0, kl.low))
-        agreement = replace(agreement, low=max(0.0, agreement.low), high=min(1.0, agreement.high))
+        kl = _between(kl, 0.0, math.inf)
+        agreement = _between(agreement, 0.0, 1.0)
         smallest = self.loss.smallest()
         return {
             "loss": loss.to_json(),
@@ -170,17 +170,26 @@ def lost_more(domains: Mapping[str, Paired], wanted: float, others: str) -> list
     for name, one in domains.items():
         rest = Paired.pooled([other for key, other in domains.items() if key != name])
         gaps.append((name, one.loss.minus(rest.loss)))
-    p_D = holm([gap.p_value() for _, gap in gaps])
+    # of two, either is the rest of the other: that is one look
+    looks = len(gaps) if len(gaps) > 2 else 1
+    p_D = holm([gap.p_value() for _, gap in gaps]) if looks > 1 else [gaps[0][1].p_value()] * 2
     shown = [
         (gap.value, name, gap.interval(), float(p))
         for (name, gap), p in zip(gaps, p_D, strict=True)
         if p < 1.0 - LEVEL and gap.value > wanted
     ]
+    corrected = f", corrected for {looks} looks" if looks > 1 else ""
     return [
         f"{name} lost {value:.3g} {UNIT} more than {others} "
-        f"({interval.low:.3g} to {interval.high:.3g}; p {_p(p)}, corrected for {len(gaps)} looks)"
+        f"({interval.low:.3g} to {interval.high:.3g}; p {_p(p)}{corrected})"
         for value, name, interval, p in sorted(shown, key=lambda each: (-each[0], each[1]))
     ]
+
+
+def _between(interval: Interval, least: float, most: float) -> Interval:
+    """Without what the number can never be; an end that is not known stays so."""
+    low, high = (float(np.clip(end, least, most)) for end in (interval.low, interval.high))
+    return replace(interval, low=low, high=high)
 
 
 def _p(value: float) -> str:

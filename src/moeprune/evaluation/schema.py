@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT = "moeprune.evaluation/1"
-SECTIONS = ("tasks", "generation", "efficiency")
+SECTIONS = ("tasks", "protocols", "generation", "efficiency")
 
 _Number = float | None
 
@@ -96,6 +96,7 @@ class EvaluationJson(_Strict):
     groups: dict[str, Group] = Field(description="all, seen, unseen, languages, code, maths")
     findings: list[str] = Field(description="domains and groups that lost more, worst first")
     tasks: dict[str, Any] | None = Field(None, description="only if asked for")
+    protocols: dict[str, Any] | None = Field(None, description="only with tasks")
     generation: dict[str, Any] | None = Field(None, description="only if asked for")
     efficiency: dict[str, Any] | None = Field(None, description="only if asked for")
 

@@ -124,8 +124,7 @@ class BranchedWalk(Walk):
         Each batch can be asked for once, after ``layers``; one is in memory at a time.
         """
         for branch in (None, *range(len(self.branches))):
-            logits: Tensor = self._lockstep.finish(self._jobs(branch)[index].index).logits
-            yield logits
+            yield self._lockstep.finish(self._jobs(branch)[index].index).logits
 
 
 def _mean_square(outputs: Sequence[Any], batches: Sequence[Batch]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from moeprune.errors import DataError
 
 PREFIX = "dataset:"
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell halves of characters
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,13 @@ def document_text(record: Any, tokenizer: Any, where: str, field: str = "") -> s
         DataError: there is neither, or it cannot be rendered.
     """
     names = (field,) if field else ("text", "messages")
-    found = next((record[n] for n in names if isinstance(record, Mapping) and n in record), None)
-    if isinstance(found, list) and names != ("text",):
-        return _rendered(found, tokenizer, where)
-    if not isinstance(found, str):
+    name = next((n for n in names if isinstance(record, Mapping) and n in record), None)
+    found = None if name is None else record[name]
+    if isinstance(found, list) and all(isinstance(m, Mapping) and "role" in m for m in found):
+        found = _rendered(found, tokenizer, where)
+    elif name != names[0]:
+        found = None  # messages are a list
+    if not isinstance(found, str) or _SURROGATE.search(found):
         raise DataError(
             f"{where}: no {' or '.join(map(repr, names))} that is text or a conversation",
             'write one {"text": "..."} or {"messages": [{"role": ..., "content": ...}]} a line',

@@ -170,6 +170,10 @@ class Lockstep:
         while started:
             finished(started.popleft().result())
 
+    def compute(self, index: int) -> None:
+        """Run the layer for one batch alone, in a thread like all others."""
+        self._pool.submit(self.jobs[index].compute).result()
+
     def advance(self, finished: Callable[[Job], None] = lambda job: None) -> None:
         """Hand the outputs on: to the next layer, or through norm and head to the end."""
         self._each(Job.go_on, finished)

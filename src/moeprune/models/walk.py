@@ -180,7 +180,7 @@ class Walk:
 
     def rerun(self, index: int) -> Tensor:
         """Compute the layer for one batch, [B, L, H]."""
-        self._lockstep.jobs[index].compute()
+        self._lockstep.compute(index)
         return self.output(index)
 
     def output(self, index: int) -> Tensor:

@@ -29,7 +29,7 @@ COVERED = 256
 """Tokens that an expert should see before a score of it is worth something."""
 
 RESAMPLES = 20
-_COMPARED = 32  # experts whose weights are compared, each with each
+COMPARED = 32  # experts whose weights are compared, each with each
 _SIMILAR_TOKENS = 128  # on which all experts run
 
 MASK = "weights"
@@ -159,8 +159,8 @@ class LayerAuditor:
 
     def _weights(self, site: MoESite) -> dict[str, Any] | None:
         count, loaded = site.shape.experts, LoadedExperts(site)
-        step = max(1.0, count / _COMPARED)
-        some = [int(i * step) for i in range(min(count, _COMPARED))]
+        step = max(1.0, count / COMPARED)
+        some = [int(i * step) for i in range(min(count, COMPARED))]
         found = weight_redundancy(
             lambda expert, role: loaded.matrix(expert, role).cpu(),
             some,

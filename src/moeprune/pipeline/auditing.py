@@ -48,6 +48,7 @@ FORMAT = "moeprune.audit/1"
 RATIOS = (0.25, 0.5, 0.75)
 
 _PARTS = 16  # into which the calibration text is cut, to be resampled
+_HELD_TOKENS = 2048  # that go together: several logits of them are in memory at once
 _MASKED_LAYERS = 6  # in which zeroed weights are compared with cut experts, at most
 
 
@@ -253,7 +254,9 @@ def _parts(domains: Sequence[data.Domain], seed: int) -> tuple[list[Batch], list
 
 def _held_batches(model: LayeredModel, domains: Sequence[data.Domain]) -> list[Batch]:
     ids_NL = torch.cat([domain.ids_NL for domain in domains])
-    rows = window_rows(text_config(model.config).vocab_size, ids_NL.shape[1])
+    length = ids_NL.shape[1]
+    rows = window_rows(text_config(model.config).vocab_size, length)
+    rows = min(rows, max(1, _HELD_TOKENS // length))
     parts = [ids_NL[start : start + rows] for start in range(0, len(ids_NL), rows)]
     return [Batch(part, data.token_keys(part)) for part in parts]
 

@@ -98,7 +98,7 @@ def demo(
         for cell in cells:
             done[cell.name] = _compress(cell, work, compute, progress)
         scores = _measure(done, work, heldout, compute, progress)
-        rows = [_row(name, one, scores, heldout, out) for name, one in done.items()]
+        rows = [_row(name, one, scores, out) for name, one in done.items()]
         result = {
             "format": "moeprune.run/1",
             "command": command,
@@ -196,9 +196,7 @@ def _model_facts() -> dict[str, Any]:
     return {"name": DEMO, **{key: found[key] for key in (*keys, "fingerprint")}}
 
 
-def _row(
-    name: str, done: _Done, scores: Mapping[str, Evaluation], heldout: Text, out: Path
-) -> dict[str, Any]:
+def _row(name: str, done: _Done, scores: Mapping[str, Evaluation], out: Path) -> dict[str, Any]:
     evaluation = scores[name]
     total = evaluation.total().to_json()
     plan = done.plan
@@ -218,11 +216,7 @@ def _row(
         "loss": total["loss"],
         "kl": total["kl"],
         "agreement": total["agreement"],
-        **(
-            {"against": against(evaluation, scores[_ORIGINAL], heldout.sequences)}
-            if name != _ORIGINAL
-            else {}
-        ),
+        **({"against": against(evaluation, scores[_ORIGINAL])} if name != _ORIGINAL else {}),
         "seconds": {key: round(value, 3) for key, value in done.seconds.items()},
         "peak_memory_bytes": done.peak,
         "path": None if plan is None else str(out / name),

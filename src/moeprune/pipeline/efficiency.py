@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeprune.errors import DataError
+from moeprune.errors import DataError, UnsupportedModelError
 from moeprune.evaluation.speed import Sample, rates, speed_verdict, speedup, take_turns
+from moeprune.evaluation.vllm_speed import has_vllm, vllm_turns
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.description import idle_parameters
 from moeprune.models.loading import find_layers
@@ -102,7 +104,37 @@ def efficiency(
     }
     if teacher is not None:
         result |= _ratios(samples, result["models"])
+    del models
+    gc.collect()  # vLLM loads them itself
+    result["vllm"] = _vllm(opened, prompts, turns, result["dtype"], progress)
     return result
+
+
+def _vllm(
+    opened: Mapping[str, Checkpoint],
+    prompts: Sequence[Tensor],
+    turns: Turns,
+    dtype: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The same turns under vLLM, where it is installed."""
+    if not has_vllm():
+        return {"status": "not installed"}
+
+    def tell(done: int, total: int) -> None:
+        progress("measuring speed under vLLM", done, total)
+
+    paths = {name: checkpoint.path for name, checkpoint in opened.items()}
+    try:
+        samples, release = vllm_turns(
+            paths, prompts, turns.new_tokens, turns.warm_up, dtype, progress=tell
+        )  # fmt: skip
+    except UnsupportedModelError as error:
+        return {"status": error.problem}
+    shape = tuple(prompts[0].shape)
+    rows = {name: rates(found, shape, turns.new_tokens) for name, found in samples.items()}
+    found = {"status": f"measured with vLLM {release}", "models": rows}
+    return found | (_speeds(samples) if "teacher" in samples else {})
 
 
 def _prompts(checkpoint: Checkpoint, text: Text, turns: Turns) -> list[Tensor]:
@@ -157,16 +189,21 @@ def _ratios(
     samples: Mapping[str, Sequence[Sample]], rows: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The model over its teacher."""
+    sizes = {
+        key: rows["model"][key] / rows["teacher"][key]
+        for key in ("disk_bytes", "memory_bytes", "parameters", "active_parameters")
+    }
+    speeds = _speeds(samples)
+    return {"ratio": sizes | speeds["ratio"], "findings": speeds["findings"]}
+
+
+def _speeds(samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     mine, teachers = samples["model"], samples["teacher"]
     speeds = {
         kind: speedup([getattr(s, kind) for s in mine], [getattr(s, kind) for s in teachers])
         for kind in ("prefill", "decode")
     }
-    sizes = {
-        key: rows["model"][key] / rows["teacher"][key]
-        for key in ("disk_bytes", "memory_bytes", "parameters", "active_parameters")
-    }
     return {
-        "ratio": {**sizes, **{kind: ratio.to_json() for kind, ratio in speeds.items()}},
+        "ratio": {kind: ratio.to_json() for kind, ratio in speeds.items()},
         "findings": [speed_verdict(ratio, kind) for kind, ratio in speeds.items()],
     }

@@ -13,24 +13,14 @@ import torch
 from accelerate import PartialState
 
 from moeprune.errors import MoepruneError
-from moeprune.models import data
-from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.store import versions
-from moeprune.pipeline.inputs import Compute, Progress, Source, Text, model_name, read_calibration
-from moeprune.pipeline.recovery import (
-    Listen,
-    Recovered,
-    Status,
-    _refuse_other_run,
-    _refuse_output,
-    _student,
-    _teacher,
-)
+from moeprune.pipeline.inputs import Compute, Progress, Source, Text
+from moeprune.pipeline.recovery import Listen, Recovered, Status
+from moeprune.pipeline.recovery_opening import Opened, open_run
 from moeprune.recovery.layerwise.healer import Healer
 from moeprune.recovery.layerwise.processes import Work, in_processes, share
 from moeprune.recovery.layerwise.state import LayerFolder, Overlaid, Result
 from moeprune.recovery.order import split
-from moeprune.recovery.pairing import check_teacher, provenance
+from moeprune.recovery.pairing import check_teacher
 from moeprune.recovery.training import Training
 from moeprune.recovery.writing import write_recovered
 
@@ -60,57 +50,42 @@ def recover_layers(
     state = PartialState(cpu=compute.device == "cpu", timeout=_LONGEST)
     _refuse_processes(made, processes, state.num_processes)
     folder = LayerFolder(out)
-    _refuse_output(out, folder, resume, force)
-    student = _student(source, out, compute)
-    record = provenance(student)
-    master = _teacher(student, teacher, out, made, compute)
-    if master is None:
-        raise MoepruneError("layers learn from those of a teacher", "give --teacher MODEL")
+    run = open_run(
+        source, teacher, out, made, text, compute, folder, resume, force, state, progress
+    )
+    student, master = run.student, run.master
+    assert master is not None, "all that train layer by layer learn from a teacher"
     check_teacher(student, master, same_layers=True)
-    domains = read_calibration(student, text)
-    facts = data.describe(domains)
-    header = {
-        "student": student.fingerprint,
-        "teacher": master.fingerprint,
-        "data": facts["hash"],
-        "training": made.to_json(),
-    }
-    if resume:
-        _refuse_other_run(folder, header)
-    elif state.is_main_process:
-        folder.delete()
-    state.wait_for_everyone()
     device = state.device if compute.device == "cpu" else torch.device(compute.device)
-    train, held = split(domains, made.holdout)
+    train, held = split(run.domains, made.holdout)
     work = Work(student, master, made, folder, device, train, held)
-    layers = Healer(student, master, made, folder, device).layers  # refuses before anything is kept
+    healer = Healer(student, master, made, folder, device)  # refuses before anything is kept
     if state.is_main_process:
-        folder.begin(header)
-    wanted = [layer for layer in layers if layer not in folder.done()]
-    state.wait_for_everyone()  # all have looked before the first layer is done
-    told = _Told(layers, wanted, made.steps, listen)
+        folder.begin(run.header)
     began = time.perf_counter()
-    if processes > 1:
-        in_processes(work, wanted, processes, told)
-    else:
-        work.do(share(wanted, state.process_index, state.num_processes), told)
+    _heal(healer, work, state, processes, listen)
     state.wait_for_everyone()
-    result = _result(folder, layers, out, made, time.perf_counter() - began)
+    result = _result(folder, healer.layers, out, made, time.perf_counter() - began)
     if state.is_main_process:
         folder.write_log()
-        about = {
-            "how": made.how,
-            "teacher": None if teacher is None else model_name(teacher),
-            "teacher_fingerprint": master.fingerprint,
-            "data": {**facts, "seed": text.seed},
-            "options": made.to_json(),
-            **{key: value for key, value in result.to_json().items() if key != "path"},
-            "versions": versions(),
-        }
-        _write(student, folder, layers, out, record, about, force, progress)
+        with folder.writing():
+            _write(run, folder, healer.layers, result, force, progress)
         folder.delete()
     state.wait_for_everyone()
     return result
+
+
+def _heal(healer: Healer, work: Work, state: PartialState, processes: int, listen: Listen) -> None:
+    """Heal what is not done yet: here, in processes of our own, or in those that were launched."""
+    done = work.folder.done()
+    wanted = [layer for layer in healer.layers if layer not in done]
+    state.wait_for_everyone()  # all have looked before the first layer is done
+    healer.tell = _Told(healer.layers, wanted, work.made.steps, listen)
+    if processes > 1:
+        in_processes(work, wanted, processes, healer.tell)
+    else:
+        mine = share(wanted, state.process_index, state.num_processes)
+        healer.run(work.train, work.held, mine)
 
 
 class _Told:
@@ -185,22 +160,19 @@ def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def _write(
-    student: Checkpoint,
+    run: Opened,
     folder: LayerFolder,
     layers: Sequence[int],
-    out: Path,
-    record: Mapping[str, Any],
-    about: Mapping[str, Any],
+    result: Recovered,
     force: bool,
     progress: Progress,
 ) -> None:
-    healed = Overlaid(student.path, student.trust_remote_code)
+    healed = Overlaid(run.student.path, run.student.trust_remote_code)
     for layer in layers:
         healed.put(folder.tensors(layer))
-    earlier = record.get("recovered")
-    steps = [*(earlier if isinstance(earlier, list) else []), about]
 
     def tell(done: int, total: int) -> None:
         progress("writing", done, total)
 
-    write_recovered(Result(healed), out, {**record, "recovered": steps}, folder.log, force, tell)
+    record = run.new_record(run.about(result.to_json()))
+    write_recovered(Result(healed), result.path, record, folder.log, force, tell)

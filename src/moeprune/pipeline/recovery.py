@@ -4,30 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moeprune.errors import MoepruneError, OutputError, UnsupportedModelError
-from moeprune.files import refuse_existing
-from moeprune.models import data
-from moeprune.models.checkpoint import Checkpoint
-from moeprune.models.quantised import Quantisation
-from moeprune.models.store import versions
-from moeprune.pipeline.inputs import (
-    Compute,
-    Progress,
-    Source,
-    Text,
-    model_name,
-    read_calibration,
-    refuse_source,
-)
+from moeprune.errors import MoepruneError
+from moeprune.pipeline.inputs import Compute, Progress, Source, Text
 from moeprune.pipeline.inputs import silent as quiet
-from moeprune.pipeline.teacher_samples import with_samples
-from moeprune.recovery.pairing import check_teacher, made_from, provenance
+from moeprune.pipeline.recovery_opening import Opened, open_run
 from moeprune.recovery.session import Session
 from moeprune.recovery.state import StateFolder
 from moeprune.recovery.trainer import Progress as Run
@@ -138,69 +124,34 @@ def recover(
         )
     folder = StateFolder(out)
     accelerator = open_accelerator(compute.device == "cpu", made)
-    _refuse_output(out, folder, resume, force)
-    student = _student(source, out, compute)
-    record = provenance(student)
-    master = _teacher(student, teacher, out, made, compute)
-    writes = accelerator.is_main_process
-    told_dtype = replace(compute, dtype=made.dtype)
-    text = with_samples(text, student, master, folder, told_dtype, writes, progress)
-    accelerator.wait_for_everyone()
-    domains = read_calibration(student, text)
-    facts = data.describe(domains)
-    header = {
-        "student": student.fingerprint,
-        "teacher": None if master is None else master.fingerprint,
-        "data": facts["hash"],
-        "training": made.to_json(),
-    }
-    if resume:
-        _refuse_other_run(folder, header)
-    elif accelerator.is_main_process:
-        folder.clear()
-    accelerator.wait_for_everyone()
+    run = open_run(
+        source, teacher, out, made, text, compute, folder, resume, force, accelerator, progress
+    )
+    device = accelerator.device if compute.device == "cpu" else torch.device(compute.device)
     with ExitStack() as stack:
-        device = accelerator.device if compute.device == "cpu" else torch.device(compute.device)
-        session = Session(student, master, made, device, stack)
-        done = session.train(domains, folder, header, resume, accelerator, listen)
+        session = Session(run.student, run.master, made, device, stack)
+        done = session.train(run.domains, folder, run.header, resume, accelerator, listen)
         result = _result(session, out, done)
         if accelerator.is_main_process:
-            told = {
-                "how": made.how,
-                "teacher": None if teacher is None else model_name(teacher),
-                "teacher_fingerprint": header["teacher"],
-                "data": {**facts, "seed": text.seed},
-                "options": made.to_json(),
-                **{key: value for key, value in result.to_json().items() if key != "path"},
-                "versions": versions(),
-            }
             with folder.writing():
-                _write(session, out, record, told, folder, force, progress)
+                _write(session, run, result, folder.log, force, progress)
             folder.delete()
         accelerator.wait_for_everyone()
     return result
 
 
 def _write(
-    session: Session,
-    out: Path,
-    record: Mapping[str, Any],
-    told: Mapping[str, Any],
-    folder: StateFolder,
-    force: bool,
-    progress: Progress,
+    session: Session, run: Opened, result: Recovered, log: Path, force: bool, progress: Progress
 ) -> None:
+    about = run.about(result.to_json())
     if session.adapters is not None and session.training.adapter:
-        write_adapter(session.adapters, out, told, folder.log, force)
+        write_adapter(session.adapters, result.path, about, log, force)
         return
-    earlier = record.get("recovered")
-    steps = [*(earlier if isinstance(earlier, list) else []), told]
-    more = {**record, "recovered": steps}
 
     def tell(done: int, total: int) -> None:
         progress("writing", done, total)
 
-    write_recovered(session.places, out, more, folder.log, force, tell)
+    write_recovered(session.places, result.path, run.new_record(about), log, force, tell)
 
 
 def _result(session: Session, out: Path, done: Run) -> Recovered:
@@ -221,54 +172,3 @@ def _result(session: Session, out: Path, done: Run) -> Recovered:
         seconds=round(done.seconds, 3),
         ended=done.ended,
     )
-
-
-def _refuse_output(out: Path, folder: StateFolder, resume: bool, force: bool) -> None:
-    refuse_existing(out, force)
-    if folder.exists() and not (resume or force):
-        raise OutputError(
-            f"a run for {out} was cut after {folder.reached()}: {folder.path}",
-            "go on with --resume, or begin again with --force",
-        )
-
-
-def _refuse_other_run(folder: StateFolder, header: Mapping[str, Any]) -> None:
-    saved = folder.numbers()
-    if saved is None:
-        return
-    for name, value in header.items():
-        if saved.get(name) == value:
-            continue
-        what = name
-        if name == "training" and isinstance(saved.get(name), dict):
-            what = next(key for key in value if saved["training"].get(key) != value[key])
-        raise MoepruneError(
-            f"the run in {folder.path} had another {what.replace('_', '-')}",
-            "give the same options, or begin again with --force",
-        )
-
-
-def _student(source: Source, out: Path, compute: Compute) -> Checkpoint:
-    student = Checkpoint.open(source, compute.trust_remote_code)
-    if student.path.is_relative_to(out.resolve()):
-        raise OutputError(f"the output {out} is the student itself, or holds it", "another --out")
-    if Quantisation.of(student).method is not None:
-        raise UnsupportedModelError(
-            f"{student.path} is quantised, and quantised weights cannot be trained",
-            "write it with --dequantize first: moeprune apply ... --dequantize",
-        )
-    return student
-
-
-def _teacher(
-    student: Checkpoint, teacher: Source | None, out: Path, made: Training, compute: Compute
-) -> Checkpoint | None:
-    if teacher is None:
-        if made.how == "expert-kd" or made.kl_weight:
-            raise MoepruneError(f"{made.how} learns from a teacher", "give --teacher MODEL")
-        return None
-    master = Checkpoint.open(teacher, compute.trust_remote_code)
-    refuse_source(master, out)
-    layers_matter = made.how == "expert-kd" or not made_from(student, master)
-    check_teacher(student, master, same_layers=layers_matter)
-    return master

@@ -25,6 +25,7 @@ from moeprune.models.data import load_tokenizer
 from moeprune.models.runtime import load
 from moeprune.pipeline.inputs import DTYPES, Compute, Progress, Source
 from moeprune.pipeline.sample import measure_sample, sample_entry
+from moeprune.pipeline.tokenizers import refuse_other_tokenizer
 
 STUDENT, TEACHER = "model", "teacher"
 
@@ -121,7 +122,9 @@ class Tasks:
         checkpoints = {
             name: Checkpoint.open(one, compute.trust_remote_code) for name, one in both.items()
         }
-        tokenizer = _one_tokenizer(checkpoints)
+        if TEACHER in checkpoints:
+            refuse_other_tokenizer(checkpoints[STUDENT], checkpoints[TEACHER])
+        tokenizer = load_tokenizer(checkpoints[STUDENT])
         if self._sample:
             self._entries[blimp.NAME] = _sample_entry(
                 self.options, checkpoints, tokenizer, compute, progress
@@ -243,22 +246,3 @@ def _sample_entry(
 def _whole(source: Source, compute: Compute) -> Any:
     dtype = DTYPES.get(compute.dtype, "auto")
     return load(source, dtype, compute.device, compute.trust_remote_code)
-
-
-def _one_tokenizer(checkpoints: Mapping[str, Checkpoint]) -> Any:
-    """The tokenizer of all of them.
-
-    Raises:
-        DataError: they cut text differently, so that the same question is not the same tokens.
-    """
-    found = [load_tokenizer(checkpoint) for checkpoint in checkpoints.values()]
-    if any(_vocabulary(other) != _vocabulary(found[0]) for other in found[1:]):
-        raise DataError(
-            "teacher and student have different tokenizers",
-            "evaluate each alone, or give the teacher that the student was made from",
-        )
-    return found[0]
-
-
-def _vocabulary(tokenizer: Any) -> tuple[Any, ...]:
-    return tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -16,7 +16,7 @@ OBJECTIVES = ("block", "router")
 LAYER_GROUPS = ("experts", "novices", "routers")
 
 LAYERWISE: dict[str, dict[str, Any]] = {
-    "expert-kd": {"train": LAYER_GROUPS, "target": "student-inputs", "clip": 0.0, "steps": 200},
+    "expert-kd": {"train": LAYER_GROUPS, "target": "student-inputs", "clip": 0.0, "steps": 100},
     "router-kd": {"train": ("routers",), "target": "student-inputs", "clip": 0.0, "steps": 100},
 }
 """The defaults layer by layer that are others than those of the whole model."""

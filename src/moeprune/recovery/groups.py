@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moeprune.errors import MoepruneError
 from moeprune.models.loading import find_layers
 from moeprune.models.sites import MoESite, find_sites
-from moeprune.models.special import matrix_role
+from moeprune.models.special import describe, matrix_role
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Parameters:
 
 def parameters_of(model: nn.Module) -> Parameters:
     """Sort the parameters of a loaded model."""
+    describe(model)
     prefix, _ = find_layers(model)
     sites = find_sites(model, prefix)
     roots = {site.experts_name + ".": site for site in sites.values()}

@@ -44,7 +44,14 @@ def targets(model: nn.Module, parameters: Parameters, wanted: Iterable[str]) -> 
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:
+    """Whether a name is the weight of a linear layer that is called as one.
+
+    Not so of what Mamba's kernels read past its module, which peft refuses.
+    """
     owner, _, last = name.rpartition(".")
+    around, _, own = owner.rpartition(".")
+    if own == "out_proj" and hasattr(model.get_submodule(around), "conv1d"):
+        return False
     return last == "weight" and isinstance(model.get_submodule(owner), nn.Linear)
 
 

@@ -42,15 +42,16 @@ class StateFolder:
         """Whether a run has begun."""
         return self.path.is_dir()
 
+    def reached(self) -> str:
+        """How far the run came, in words."""
+        numbers = self.numbers()
+        return f"step {0 if numbers is None else numbers['progress']['step']}"
+
     def clear(self) -> None:
         """Forget what was trained, not what is beside it."""
         for name in ("state", "best"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         self.log.unlink(missing_ok=True)
-    def reached(self) -> str:
-        """How far the run came, in words."""
-        numbers = self.numbers()
-        return f"step {0 if numbers is None else numbers['progress']['step']}"
 
     def delete(self) -> None:
         """Forget the run."""
@@ -92,7 +93,7 @@ class StateFolder:
             saved = self.numbers()
             kept = "no state was saved before"
             if saved is not None:
-                kept = f"the state of step {saved['progress']['step']} is kept in {self.path}"
+                kept = f"the state of {self.reached()} is kept in {self.path}"
             raise OutputError(
                 f"{problem.removesuffix('; nothing was kept')}; {kept}",
                 "make room, then go on with --resume",

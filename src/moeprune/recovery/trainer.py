@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -335,11 +336,13 @@ def open_accelerator(cpu: bool, training: Training) -> Accelerator:
     """
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[unused])
-    kind = accelerator.distributed_type.value
+    kind = str(accelerator.distributed_type.value)
+    if kind == "MULTI_CPU" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        kind = "FSDP"  # which accelerate ignores on the CPU without a word
     if kind not in _DISTRIBUTED:
         raise MoepruneError(
             f"cannot train with {kind}: every process has to hold the whole model",
-            "launch with --multi_gpu or --cpu",
+            "launch with --multi_gpu or --cpu; a model that is too large trains layer by layer",
         )
     parts = training.accumulate * accelerator.num_processes
     if training.batch % parts:

@@ -116,11 +116,29 @@ def _efficiency(section: Any) -> str:
 
 
 def _tasks(section: Any) -> str:
-    """Whatever the tasks say in sentences; their scores stand in the JSON."""
-    if not isinstance(section, Mapping):
+    """A table for each protocol: two of them are never in one table."""
+    if not isinstance(section, Mapping) or not section:
         return ""
-    told = _list(section.get("findings"))
-    return f"### Tasks\n\n{told}" if told else ""
+    tables: dict[str, list[list[str]]] = {}
+    for name, entry in section.items():
+        if not isinstance(entry, Mapping):
+            continue
+        gap = entry.get("difference")
+        tables.setdefault(str(entry.get("protocol") or "tasks"), []).append(
+            [
+                _line(name),
+                _line(entry.get("metric")),
+                _count(entry.get("shots")),
+                _count(entry.get("items")),
+                _interval(entry, ".3f"),
+                _number(entry.get("teacher"), ".3f"),
+                _interval(gap, "+.3f"),
+                _line(entry.get("verdict") or _DASH),
+            ]
+        )
+    head = ["", "metric", "shots", "questions", "model", "teacher", "difference", "verdict"]
+    parts = [_table([_line(name), *head[1:]], rows) for name, rows in tables.items()]
+    return "\n\n".join(["### Tasks", *parts])
 
 
 def _with(value: Any, interval: Any, form: str) -> str:

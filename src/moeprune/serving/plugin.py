@@ -38,13 +38,13 @@ def register() -> None:
         MoepruneError: vLLM is not installed.
     """
     try:
-        from vllm import ModelRegistry
+        from vllm import ModelRegistry  # noqa: PLC0415
     except ImportError as error:
         raise MoepruneError(
             f"vLLM cannot be imported: {error}", "this plugin runs in an environment with vLLM"
         ) from None
     for name, where in architectures().items():
         ModelRegistry.register_model(name, where)
-    from moeprune.serving.vllm_config import accept_uneven
+    from moeprune.serving.vllm_config import accept_uneven  # noqa: PLC0415
 
     accept_uneven()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from moeprune.core.plan import LayerPlan, Plan
 from moeprune.errors import PlanError
@@ -89,5 +88,5 @@ def _ascend(plan: Plan) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-PROFILES: Mapping[str, Callable[[Plan], Any]] = {"moeprune": _own, "riy": _riy, "ascend": _ascend}
+PROFILES: Mapping[str, Callable[[Plan], bytes]] = {"moeprune": _own, "riy": _riy, "ascend": _ascend}
 """What servers read: docs/serving.md says which, and what of it has been tried."""

@@ -123,8 +123,9 @@ def added_output(
         return out_TH
     maps = value_RW[:, H:].view(len(value_RW), 2, rank, H)
     gate_TR = gate_TK.new_zeros(len(gate_TK), len(value_RW)).scatter_add_(1, row_TK, gate_TK)
-    inner_TRr = (x_TH.float() @ maps[:, 0].flatten(0, 1).T).unflatten(1, (-1, rank))
-    return out_TH + (inner_TRr * gate_TR[:, :, None]).flatten(1) @ maps[:, 1].flatten(0, 1)
+    inner_TRr = (x_TH.float() @ maps[:, 0].flatten(0, 1).T).view(len(x_TH), -1, rank)
+    scaled: Tensor = (inner_TRr * gate_TR[:, :, None]).flatten(1)
+    return out_TH + scaled @ maps[:, 1].flatten(0, 1)
 
 
 def index_tensors(slots: Slots) -> tuple[Tensor, Tensor, Tensor]:

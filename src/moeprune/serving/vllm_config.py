@@ -6,6 +6,8 @@ from typing import Any
 
 from vllm.transformers_utils import model_arch_config_convertor as convertors
 
+from moeprune.serving.plugin import architectures
+
 LATENT = ("deepseek_v2", "deepseek_v3")
 """Model types with latent attention: vLLM refuses any per-layer configuration of theirs."""
 
@@ -15,8 +17,6 @@ class OneConfiguration(convertors.ModelArchConfigConvertorBase):  # type: ignore
 
     def get_per_layer_hf_configs(self) -> Any:
         """None for our architectures: the model itself reads the numbers of experts."""
-        from moeprune.serving.plugin import architectures
-
         if architectures().keys() & set(self.get_architectures()):
             return None
         return super().get_per_layer_hf_configs()

@@ -25,7 +25,7 @@ from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.serving.slots import Slots, added_output, index_tensors
 
 
-class SlottedExperts(RoutedExperts):
+class SlottedExperts(RoutedExperts):  # type: ignore[misc]
     """vLLM's experts, of which ``slots`` says who computes for whom."""
 
     def __init__(self, *args: Any, slots: Slots, **kwargs: Any) -> None:
@@ -93,7 +93,7 @@ class SlottedExperts(RoutedExperts):
     ) -> Tensor:
         """The stored experts' outputs and the vectors, each times its gate."""
         ids_TK = topk_ids.long()
-        out_TH = super().forward_modular(
+        out_TH: Tensor = super().forward_modular(
             x,
             topk_weights * self.computed_E[ids_TK].to(topk_weights.dtype),
             self.slot_E[ids_TK].to(topk_ids.dtype),

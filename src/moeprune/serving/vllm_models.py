@@ -22,6 +22,8 @@ from moeprune.serving.plugin import NATIVE
 
 try:
     import vllm
+    from vllm.model_executor.models.utils import make_layers
+
     from moeprune.serving.vllm_experts import SlottedExperts, experts_factory
 except ImportError as error:
     raise MoepruneError(
@@ -38,7 +40,7 @@ class Pruned:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_text_config
         with building(type(self).__mro__[2].__module__, config, self.count):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         tie(self, config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -95,8 +97,6 @@ def building(module: str, config: Any, count: str) -> Iterator[None]:
 
 def layers_factory(config: Any, count: str) -> Callable[..., Any]:
     """What takes the place of ``make_layers``: shows every layer its own number of experts."""
-    from vllm.model_executor.models.utils import make_layers
-
     if not getattr(config, "per_layer_config", None) and not hasattr(config, "experts_per_layer"):
         return make_layers  # type: ignore[no-any-return]
 
@@ -117,9 +117,8 @@ def layers_factory(config: Any, count: str) -> Callable[..., Any]:
 
 def tie(model: Any, config: Any) -> None:
     """Share embeddings and head where config.json says so; vLLM's OLMoE does not do it."""
-    head, inner = getattr(model, "lm_head", None), model.model
-    if config.tie_word_embeddings and hasattr(head, "tie_weights"):
-        model.lm_head = head.tie_weights(inner.embed_tokens)
+    if config.tie_word_embeddings and hasattr(model.lm_head, "tie_weights"):
+        model.lm_head = model.lm_head.tie_weights(model.model.embed_tokens)
 
 
 def _pruned(native: str) -> type[Any]:

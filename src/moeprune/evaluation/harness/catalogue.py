@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.errors import DataError, MoepruneError
+from moeprune.evaluation import blimp
+from moeprune.evaluation.harness.protocols import PROTOCOLS
 from moeprune.models.native import quiet_transformers
 
 _NAMED = re.compile(
@@ -111,8 +113,11 @@ class Catalogue:
         self.manager = self._index([])
         missing = {name for name in names if name not in self._known}
         while missing:
-            found = {folder for name in missing for folder in _places().get(name, ())}
-            if not found - self._folders:
+            unknown = sorted(missing - set(_places()))
+            if unknown:
+                raise _unknown(unknown[0], [*_places(), *self._known])
+            found = {folder for name in missing for folder in _places()[name]}
+            if not found - self._folders:  # a tag that only templates mention
                 self.manager = self._index(None)
                 missing -= set(self._known)
                 if missing:
@@ -192,7 +197,9 @@ def _places() -> dict[str, tuple[Path, ...]]:
     import lm_eval.tasks
 
     found: dict[str, set[Path]] = {}
-    for file in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
+    for file in Path(lm_eval.tasks.__file__).parent.rglob("*"):
+        if file.suffix not in ("", ".yaml") or not file.is_file():
+            continue  # templates that tasks include have no suffix
         for name, items in _NAMED.findall(file.read_bytes()):
             for each in [name] if name else _ITEM.findall(items):
                 found.setdefault(each.decode(), set()).add(file.parent)
@@ -200,11 +207,11 @@ def _places() -> dict[str, tuple[Path, ...]]:
 
 
 def _unknown(name: str, known: Iterable[str]) -> DataError:
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    ours = (*PROTOCOLS, blimp.NAME)
+    close = difflib.get_close_matches(name, [*ours, *known], n=3, cutoff=0.6)
     if close:
         return DataError(f"unknown task {name!r}", f"did you mean {' or '.join(close)}?")
     return DataError(
         f"unknown task {name!r}",
-        "lm-eval ls tasks lists those of the harness; "
-        "moe-pruner, mone, moeits and blimp_sample are ours",
+        f"lm-eval ls tasks lists those of the harness; {', '.join(ours)} are ours",
     )

@@ -66,9 +66,10 @@ class Folder:
         rows = self._of(leaf, asked, "")
         if not rows:
             names = " or ".join(dict.fromkeys((f"{asked}.jsonl", f"{leaf.name}.jsonl")))
+            source = leaf.config.get("dataset_path")
             raise DataError(
                 f"no data of task {leaf.name!r} in {self.path}",
-                f"put {names} there: an object a line, columns of {leaf.config.get('dataset_path')}",
+                f"put {names} there: one JSON object a line, with the columns of {source}",
             )
         splits: dict[str, list[Row]] = {str(split): rows}
         found: dict[str, Any] = dict.fromkeys(_SPLITS)

@@ -128,9 +128,7 @@ def _load(
         reason = _reason(error)
         if folder is None:
             raise no_data(leaf, asked, reason) from error
-        raise DataError(f"the data in {folder.path} do not fit task {leaf.name!r}: {reason}") from (
-            error
-        )
+        raise _misfit(leaf, folder, reason) from error
     return task
 
 
@@ -147,11 +145,15 @@ def _try(task: Any, leaf: Leaf, folder: Folder | None) -> None:
             task.set_fewshot_seed(seed=_OTHER_SEED)
             task.build_all_requests(limit=1)
     except Exception as error:
-        where = "its data" if folder is None else f"the data in {folder.path}"
-        raise DataError(
-            f"task {leaf.name!r} cannot be asked with {where}: {_reason(error)}",
-            f"the columns must be those of {leaf.config.get('dataset_path')}",
-        ) from error
+        raise _misfit(leaf, folder, _reason(error)) from error
+
+
+def _misfit(leaf: Leaf, folder: Folder | None, reason: str) -> DataError:
+    where = "its data" if folder is None else f"the data in {folder.path}"
+    return DataError(
+        f"task {leaf.name!r} cannot be asked with {where}: {reason}",
+        f"the columns must be those of {leaf.config.get('dataset_path')}",
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -176,5 +176,11 @@ def measured(evaluation: Evaluation, original: Evaluation | None, layers: int) -
         "kl": total["kl"] if original is not None else None,
         "agreement": total["agreement"] if original is not None else None,
         "domains": {name: score.to_json() for name, score in evaluation.domains.items()},
-        **({} if original is None else {"against": against(evaluation, original)[ALL]}),
+        **({} if original is None else {"against": _intervals(evaluation, original)}),
     }
+
+
+def _intervals(evaluation: Evaluation, original: Evaluation) -> dict[str, Any]:
+    """Of all domains together, without words."""
+    whole = against(evaluation, original)[ALL]
+    return {name: whole[name] for name in ("loss", "kl", "agreement")}

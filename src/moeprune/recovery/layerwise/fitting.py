@@ -16,7 +16,7 @@ from moeprune.recovery.groups import Zeros
 from moeprune.recovery.layerwise.lesson import Lesson
 from moeprune.recovery.training import Training
 
-_NOTHING_LOST = 1e-10
+_NOTHING_LOST = 1e-7
 """A relative squared error that rounding alone makes."""
 
 

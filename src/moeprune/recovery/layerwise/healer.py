@@ -250,7 +250,7 @@ class Healer:
         log_p_TC, columns = None, ()
         if self.groups is not None:
             teacher = self.teacher.sites[index].shape.experts
-            groups = self.groups[index]
+            groups = tuple(tuple(group) for group in self.groups[index])
             slots = site.router_tensors[0].size if site.router_tensors else len(groups)
             if slots >= self._tap.z_TR.shape[1]:  # nothing left the router
                 groups = tuple((e,) for e in range(teacher))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -33,6 +34,12 @@ class LayerFolder(StateFolder):
         done = len(self.done())
         return f"{done} layer{'s' * (done != 1)}"
 
+    def clear(self) -> None:
+        """Forget all layers."""
+        super().clear()
+        for place in self.path.glob("layer-*"):
+            shutil.rmtree(place, ignore_errors=True)
+
     def done(self) -> list[int]:
         """Layers that are there, ascending."""
         names = self.path.glob("layer-*/manifest.json")
@@ -47,10 +54,11 @@ class LayerFolder(StateFolder):
             OutputError: the disk is full, or cannot be written.
         """
         record = {"format": FORMAT, **asdict(fit), "changed": changed, "zeros": zeros}
-        with new_directory(self._place(fit.layer), force=True) as work:
+        with self.writing(), new_directory(self._place(fit.layer), force=True) as work:
             if pieces:
                 write_shards(work, pieces)
             (work / "manifest.json").write_bytes(json_bytes(record))
+        self.write_log()
 
     def record(self, layer: int) -> dict[str, Any]:
         """What ``save_layer`` kept beside the tensors.
@@ -90,8 +98,9 @@ class LayerFolder(StateFolder):
             told = ("layer", "before", "after", "best_step", "steps", "ended")
             lines.append({"done": True, **{key: record[key] for key in told}})
         part = self.log.with_suffix(f".{os.getpid()}.partial")
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(part, self.log)
+        with self.writing():
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            os.replace(part, self.log)
 
     def _place(self, layer: int) -> Path:
         return self.path / f"layer-{layer:05d}"

@@ -119,7 +119,7 @@ class Tap:
                 args.append(rows_n)
             else:
                 named[key] = rows_n
-        return _first(block(*args, **named))[0]
+        return _rows(_first(block(*args, **named)))
 
     def call_router(self, block: nn.Module, router: nn.Module, rows: Any) -> Tensor:
         """Logits of the block's router for some rows, [n, R]; experts are not computed."""
@@ -174,7 +174,7 @@ class Tap:
         self._order = order
 
     def _keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        y_TH = _first(output).flatten(0, 1)
+        y_TH = _rows(_first(output))
         self.buffer("y", y_TH.shape[1])[self.slices[_HERE.batch]] = y_TH
 
     def _keep_logits(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -187,6 +187,10 @@ def logits_of(router: nn.Module, output: Any) -> Tensor:
     position = quirks.LOGITS_POSITION.get(type(router).__name__, 0)
     logits: Tensor = output[position] if isinstance(output, (tuple, list)) else output
     return logits.reshape(-1, logits.shape[-1])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _first(output: Any) -> Tensor:
