@@ -250,6 +250,16 @@ def test_what_was_removed_adds_up_the_usage() -> None:
     assert lines[-1].even == wording.percent(0.25)
 
 
+def test_what_was_not_counted_is_no_choice() -> None:
+    run = fake_run()
+    run["usage"] = run["atlas"] = None
+    drawn = atlas.payload(run)
+    assert drawn is not None
+    assert [group for group, _ in atlas.choices(drawn)] == [
+        f"scores of {method}-{size}" for size in (25, 50) for method in ("mone", "moeits")
+    ]
+
+
 def test_layers_are_sorted_as_numbers() -> None:
     drawn = atlas.payload(fake_run(layers=12))
     assert drawn is not None

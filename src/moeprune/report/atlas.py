@@ -161,12 +161,13 @@ def grid(drawn: Mapping[str, Any]) -> Grid:
 
 def choices(drawn: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Measures to colour by, in groups: what the script reads, and what people read."""
-    plain = [("usage", "usage: share of slots")]
+    scored = any(row["scores"] for row in drawn["rows"])
+    plain = [("usage", "usage: share of slots")] if any(drawn["usage"]) or not scored else []
     if any(drawn["gate"]):
         plain.append(("gate", "mean gate weight"))
     if any(drawn["served"]):
         plain.append(("special", "specialisation"))
-    groups = [("", [(json.dumps([name]), text) for name, text in plain])]
+    groups = [("", [(json.dumps([name]), text) for name, text in plain])] if plain else []
     if any(drawn["served"]):
         affinities = [
             (json.dumps(["domain", place]), f"affinity to {name}")
