@@ -53,6 +53,7 @@ def peak(student: Path, teacher: Path, text: Text, out: Path, short: tuple[Path,
     return int(found.stdout.split()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures as Linux does")
 def test_memory_does_not_grow_with_layers(text: Text, tmp_path: Path) -> None:
     made = {}

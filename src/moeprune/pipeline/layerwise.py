@@ -69,7 +69,7 @@ def recover_layers(
     if state.is_main_process:
         folder.write_log()
         with folder.writing():
-            _write(run, folder, healer.layers, result, force, progress)
+            _write(run, folder, result, force, progress)
         folder.delete()
     state.wait_for_everyone()
     return result
@@ -162,14 +162,13 @@ def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
 def _write(
     run: Opened,
     folder: LayerFolder,
-    layers: Sequence[int],
     result: Recovered,
     force: bool,
     progress: Progress,
 ) -> None:
     healed = Overlaid(run.student.path, run.student.trust_remote_code)
-    for layer in layers:
-        healed.put(folder.tensors(layer))
+    for layer in result.layers:
+        healed.put(folder.tensors(layer["layer"]))
 
     def tell(done: int, total: int) -> None:
         progress("writing", done, total)
