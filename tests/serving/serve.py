@@ -33,7 +33,9 @@ def expert_parameters(model: Any) -> int:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
     experts = (m for m in model.modules() if isinstance(m, RoutedExperts))
-    return sum(p.numel() for m in experts for p in m.parameters())
+    return sum(  # DeepSeek-V3's router keeps its bias in here too
+        p.numel() for m in experts for name, p in m.named_parameters() if "bias" not in name
+    )
 
 
 def peak_mebibytes() -> int:
