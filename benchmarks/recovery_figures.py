@@ -71,15 +71,14 @@ STUDENTS: dict[str, Student] = {
     **_experts("mone"),
     **_experts("moeits"),
     **_experts("frequency"),
-    "reap 50 %": Student("reap", moeprune.Budget(ratio=0.5)),
-}  # fmt: skip
+}
 
 WAYS: dict[str, Way] = {
     "expert-kd": Way("expert-kd", {"steps": 60, "evaluate_every": 20}),
-    "router-kd": Way("router-kd", {"steps": 40, "evaluate_every": 10}),
-    "logit-kd": Way("logit-kd", {"steps": 50, "evaluate_every": 25}),
-    "lora": Way("lora", {"steps": 50, "evaluate_every": 25}),
-    "full": Way("full", {"steps": 50, "evaluate_every": 25}),
+    "router-kd": Way("router-kd", {"steps": 30, "evaluate_every": 10}),
+    "logit-kd": Way("logit-kd", {"steps": 30, "evaluate_every": 15}),
+    "lora": Way("lora", {"steps": 30, "evaluate_every": 15}),
+    "full": Way("full", {"steps": 30, "evaluate_every": 15}),
 }
 LAYERWISE: dict[str, Way] = {  # steps are those of each layer
     "expert-kd by layers": Way("expert-kd", {"steps": 60, "evaluate_every": 20}),
