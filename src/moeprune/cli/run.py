@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -40,18 +40,7 @@ def run(
     if as_json:
         output.print_json(result)
         return
-    rows = [
-        {
-            "step": f"{number + 1} {step['method']}",
-            "asked": ", ".join(f"{name} {value}" for name, value in step["budget"].items()),
-            "observed": step["observed"],
-            "experts": f"{step['experts'][1]}/{step['experts'][0]}",
-            "bytes": f"{step['bytes'][1]:,}",
-            "non-zero": f"{step['nonzero'][1]:,}",
-            "seconds": f"{sum(step['seconds'].values()):.1f}",
-        }
-        for number, step in enumerate(result["steps"])
-    ]
+    rows = [_row(number, step) for number, step in enumerate(result["steps"])]
     output.print_rows(f"wrote {result['path']}", rows)
     measured = result["evaluation"]
     if measured is not None:
@@ -61,3 +50,28 @@ def run(
             f"agreement {total['agreement']:.1%}"
         )
     output.tell_report(Path(result["path"]) / "report.html")
+
+
+def _row(number: int, step: dict[str, Any]) -> dict[str, str]:
+    seconds = f"{sum(step['seconds'].values()):.1f}"
+    if "recover" in step:
+        result, held = step["result"], step["result"]["held"]
+        gain = "" if held is None else f"{result['measure']} {held[0]:.4f} -> {held[1]:.4f}"
+        return {
+            "step": f"{number + 1} recover {step['recover']}",
+            "asked": f"{step['options']['steps']} steps",
+            "observed": gain or "nothing held out",
+            "experts": "",
+            "bytes": "",
+            "non-zero": "",
+            "seconds": seconds,
+        }
+    return {
+        "step": f"{number + 1} {step['method']}",
+        "asked": ", ".join(f"{name} {value}" for name, value in step["budget"].items()),
+        "observed": step["observed"],
+        "experts": f"{step['experts'][1]}/{step['experts'][0]}",
+        "bytes": f"{step['bytes'][1]:,}",
+        "non-zero": f"{step['nonzero'][1]:,}",
+        "seconds": seconds,
+    }

@@ -169,7 +169,16 @@ def _provenance(
 
 def _with_steps(checkpoint: Checkpoint, made: dict[str, Any]) -> dict[str, Any]:
     before = steps_of(checkpoint.path)
-    return made | ({"steps": [*before, step_of(made)]} if before else {})
+    trained = _recoveries_of(checkpoint.path, len(before)) if before else []
+    told = {"recovered": trained} if trained else {}
+    return made | ({"steps": [*before, step_of(made)]} if before else {}) | told
+
+
+def _recoveries_of(directory: Path, steps: int) -> list[dict[str, Any]]:
+    """How a checkpoint was trained before, each with the number of steps that came before it."""
+    found = load_json(directory / PROVENANCE, _MAX_PROVENANCE).get("recovered")
+    told = found if isinstance(found, list) else []
+    return [{"after_steps": steps, **one} for one in told if isinstance(one, dict)]
 
 
 def step_of(made: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.quantised import Quantisation
 from moeprune.models.store import versions
+from moeprune.models.surgery import steps_of
 from moeprune.pipeline.inputs import (
     Compute,
     Progress,
@@ -112,6 +113,7 @@ def open_run(
     processes.wait_for_everyone()
     told = {
         "how": made.how,
+        "after_steps": len(steps_of(student.path)),
         "teacher": None if teacher is None else model_name(teacher),
         "teacher_fingerprint": header["teacher"],
         "data": {**facts, "seed": text.seed},

@@ -156,11 +156,16 @@ class Witness:
         }
 
     def write(
-        self, out: Path, steps: Sequence[StepDone], measured: Mapping[str, Any] | None = None
+        self,
+        out: Path,
+        steps: Sequence[StepDone],
+        measured: Mapping[str, Any] | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         """Put the result and its page into the checkpoint ``out``, which the last step wrote.
 
-        ``measured`` is the evaluation against the original, if there was one.
+        ``measured`` is the evaluation against the original, if there was one; ``names`` are those
+        of all steps, if others than ``steps`` were between or after them.
         """
         base, first, last = dict(steps[0].plan.model), steps[0], steps[-1]
         # layers may have different numbers; a plan of dropped layers names no expert
@@ -177,7 +182,7 @@ class Witness:
             "command": self.command,
             "model": base,
             **self._observed,
-            "rows": [original, _row(out, steps) | facts.measured(measured)],
+            "rows": [original, _row(out, steps, names) | facts.measured(measured)],
             "warnings": [] if measured else [UNMEASURED],
             "versions": dict(last.plan.versions),
             "seconds": round(time.perf_counter() - self._began, 2),
@@ -186,7 +191,7 @@ class Witness:
         write_together({out / RUN: json_bytes(result), out / PAGE: page}, True)
 
 
-def _row(out: Path, steps: Sequence[StepDone]) -> dict[str, Any]:
+def _row(out: Path, steps: Sequence[StepDone], names: Sequence[str]) -> dict[str, Any]:
     """The new checkpoint; its plan is the first step's, because the atlas is of the original."""
     first, last = steps[0], steps[-1]
     seconds: dict[str, float] = {}
@@ -195,7 +200,7 @@ def _row(out: Path, steps: Sequence[StepDone]) -> dict[str, Any]:
             seconds[name] = round(seconds.get(name, 0.0) + value, 2)
     return {
         "name": out.resolve().name,
-        "method": " + ".join(step.plan.method for step in steps),
+        "method": " + ".join(names or [step.plan.method for step in steps]),
         "budget": dict(last.plan.budget),
         "options": dict(last.plan.options),
         "seed": last.plan.seed,

@@ -1,11 +1,12 @@
-"""Steps in a row: calibrate, plan, apply, each on what the one before wrote."""
+"""Steps in a row: calibrate, plan, apply, or recover, each on what the one before wrote."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from moeprune.core.method import Method
 from moeprune.core.plan import Plan
 from moeprune.core.targets import Target
 from moeprune.errors import MoepruneError, OutputError
-from moeprune.files import refuse_existing
+from moeprune.files import new_directory, refuse_existing
 from moeprune.models.byte_exact import refuse_method
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Sizes, Writing
@@ -27,6 +28,7 @@ from moeprune.pipeline.calibration import calibrate
 from moeprune.pipeline.inputs import Compute, Progress, Source, Text, refuse_source, silent
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
 from moeprune.pipeline.planning import plan as make_plan
+from moeprune.pipeline.recovery_steps import Recovery, RecoveryDone, refuse_recovery, run_recovery
 
 RECOMPUTE = "recompute"
 PROJECT = "project"
@@ -53,6 +55,11 @@ class Step:
     constraints: Constraints = field(default_factory=Constraints)
 
     @property
+    def name(self) -> str:
+        """For messages."""
+        return self.method.name
+
+    @property
     def needs(self) -> set[str]:
         """The accumulators that it plans from; a sequential method collects its own."""
         if self.method.sequential:
@@ -76,7 +83,7 @@ class Steps:
 
     Attributes:
         source: the original.
-        steps: in order.
+        steps: in order; the first prunes.
         out: the last checkpoint.
         text: to calibrate on.
         statistics: of the original, if they exist already.
@@ -84,10 +91,12 @@ class Steps:
         force: replace ``out``.
         keep: a directory for the checkpoints between the steps; None deletes them.
         observed: gets the statistics of the original, before they are deleted.
+        done: what the steps that prune did.
+        recovered: what recoveries did, by number of the step.
     """
 
     source: Source
-    steps: Sequence[Step]
+    steps: Sequence[Step | Recovery]
     out: Path
     text: Text = field(default_factory=Text)
     statistics: Path | None = None
@@ -98,10 +107,11 @@ class Steps:
     keep: Path | None = None
     observed: Callable[[Path], None] | None = None
     done: list[StepDone] = field(default_factory=list)
+    recovered: dict[int, RecoveryDone] = field(default_factory=dict)
     peak: int | None = None
 
     def run(self) -> list[StepDone]:
-        """All steps; ``out`` appears when the last one succeeds.
+        """All steps; ``out`` appears when the last one succeeds. Returns those that prune.
 
         Raises:
             MoepruneError: anything the user can mend; nothing is left behind.
@@ -109,9 +119,14 @@ class Steps:
         refuse_existing(self.out, self.force)
         original = Checkpoint.open(self.source, self.compute.trust_remote_code)
         refuse_source(original, self.out)
-        for step in self.steps:
-            accept(step.method, step.budget, step.constraints)
-            refuse_method(original, step.method.changes, self.writing.dequantize)
+        for number, step in enumerate(self.steps):
+            if isinstance(step, Step):
+                accept(step.method, step.budget, step.constraints)
+                refuse_method(original, step.method.changes, self.writing.dequantize)
+                continue
+            prunings = sum(isinstance(one, Step) for one in self.steps[:number])
+            with self._naming(number):
+                refuse_recovery(step, original, prunings, self.out, self.compute, self.writing)
         if self.keep is not None:
             refuse_existing(self.keep, False)
             if self.out.resolve().is_relative_to(self.keep.resolve()):
@@ -141,22 +156,51 @@ class Steps:
         for number, step in enumerate(self.steps):
             last = number + 1 == len(self.steps)
             target = self.out if last else work / f"step-{number + 1}"
-            try:
-                known = self._step(number, source, known, target, work)
-            except MoepruneError as error:
-                if len(self.steps) == 1:
-                    raise
-                name = f"step {number + 1} ({step.method.name})"
-                raise type(error)(f"{name}: {error.problem}", error.hint) from error
+            with self._naming(number):
+                if isinstance(step, Recovery):
+                    known = None  # its weights are others
+                    self._recover(number, step, source, target, work)
+                else:
+                    known = self._step(number, step, source, known, target, work)
             if number and self.keep is None:
                 shutil.rmtree(work / f"step-{number}", ignore_errors=True)
             source = target
 
+    @contextmanager
+    def _naming(self, number: int) -> Iterator[None]:
+        """Errors say in which of several steps they happened."""
+        try:
+            yield
+        except MoepruneError as error:
+            if len(self.steps) == 1:
+                raise
+            name = f"step {number + 1} ({self.steps[number].name})"
+            raise type(error)(f"{name}: {error.problem}", error.hint) from error
+
+    def _recover(
+        self, number: int, step: Recovery, source: Source, target: Path, work: Path
+    ) -> None:
+        """One recovery, among the steps: what it keeps to go on is theirs and goes with them."""
+        made = work / f"step-{number + 1}"
+        done = run_recovery(step, source, self.source, made, self.compute, self.progress)
+        self.recovered[number] = done
+        if target != made:
+            with new_directory(target, self.force) as folder:
+                for file in made.iterdir():
+                    shutil.move(file, folder / file.name)
+            made.rmdir()
+
     def _step(
-        self, number: int, source: Source, known: Path | None, target: Path, work: Path
+        self,
+        number: int,
+        step: Step,
+        source: Source,
+        known: Path | None,
+        target: Path,
+        work: Path,
     ) -> Path | None:
         """One step; returns statistics for the next one, if that wants them projected."""
-        step, seconds = self.steps[number], dict[str, float]()
+        seconds = dict[str, float]()
         observed = "nothing" if not step.method.needs else "the model, layer by layer as it changes"
         start = time.perf_counter()
         later = self._projecting(number)
@@ -181,12 +225,12 @@ class Steps:
         )  # fmt: skip
         seconds["plan"] = time.perf_counter() - start
         start = time.perf_counter()
-        last = number + 1 == len(self.steps)
+        last = not any(isinstance(later, Step) for later in self.steps[number + 1 :])
         sizes = apply_plan(
             Checkpoint.open(source, self.compute.trust_remote_code),
             plan,
             target,
-            self.force and last,
+            self.force and target == self.out,
             lambda done, total: self.progress("writing", done, total),
             # heads and quantised weights are dealt with once; only the last result is padded
             replace(
@@ -209,6 +253,8 @@ class Steps:
         """What the steps behind ``number`` read from statistics that are projected on to them."""
         found: set[str] = set()
         for step in self.steps[number + 1 :]:
+            if isinstance(step, Recovery):
+                break
             if step.needs and step.statistics == RECOMPUTE:
                 break
             if step.needs:

@@ -7,6 +7,7 @@ are no layer. Both are active at once.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ def _is_linear(model: nn.Module, name: str) -> bool:
     return last == "weight" and isinstance(model.get_submodule(owner), nn.Linear)
 
 
+def require_peft() -> None:
+    """Raise ``MoepruneError`` unless peft is installed."""
+    if find_spec("peft") is None:
+        raise MoepruneError("lora needs peft", "pip install 'moeprune[recover]'")
+
+
 class Adapters:
     """A model with low-rank matrices beside some of its weights.
 
@@ -68,10 +75,9 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module, chosen: dict[str, str], made: Training) -> None:
-        try:
-            from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (an optional dependency)
-        except ImportError as error:
-            raise MoepruneError("lora needs peft", "pip install 'moeprune[recover]'") from error
+        require_peft()
+        from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (an optional dependency)
+
         linear = [name.removesuffix(".weight") for name in chosen if _is_linear(model, name)]
         stacked = [name for name in chosen if name.removesuffix(".weight") not in linear]
         common = {"r": made.rank, "lora_alpha": made.alpha, "bias": "none"}

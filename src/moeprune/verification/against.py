@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -32,12 +33,22 @@ def _reference(subject: Subject) -> tuple[Reference, dict[int, Edit]]:
     _ = subject.config
     subject.require_all()
     record = read_json(subject.path / PROVENANCE)
-    if isinstance(record, dict) and record.get("recovered"):
+    if isinstance(record, dict) and _trained_last(record):
         raise Skip("its weights were trained after the plan was applied (moeprune recover)")
     try:
         return subject.reference, subject.reference.edits
     except MoepruneError as error:
         raise Skip(error.problem) from error
+
+
+def _trained_last(record: Mapping[str, Any]) -> bool:
+    """Whether a recovery came after the last plan; those before it made the plan's original."""
+    steps, told = record.get("steps"), record.get("recovered")
+    number = len(steps) if isinstance(steps, list) else 1
+    if not isinstance(told, list):
+        return bool(told)
+    last = [one.get("after_steps") if isinstance(one, dict) else None for one in told]
+    return any(not isinstance(after, int) or after >= number for after in last)
 
 
 def plan(subject: Subject) -> Found:

@@ -15,6 +15,7 @@ from moeprune.pipeline.cards import write_measured
 from moeprune.pipeline.evaluating import evaluate
 from moeprune.pipeline.inputs import Progress, Source, model_name, read_heldout, silent
 from moeprune.pipeline.recipes.schema import Loaded, load_recipe
+from moeprune.pipeline.recovery_steps import RecoveryDone
 from moeprune.pipeline.reporting import Witness
 from moeprune.pipeline.steps import StepDone, Steps
 
@@ -77,14 +78,14 @@ def run(
         measured = evaluate(target, loaded.model(), heldout, compute, progress)
         write_measured(target, measured)
     if witness is not None:
-        witness.write(target, done, measured)
+        witness.write(target, done, measured, [step.name for step in steps.steps])
     return {
         "format": RESULT_FORMAT,
         "recipe": {"file": loaded.path.name, "sha256": sha256_file(loaded.path)},
         "about": loaded.recipe.about,
         "model": model_name(loaded.model()),
         "path": str(target),
-        "steps": [_described(step) for step in done],
+        "steps": _all_described(steps),
         "evaluation": measured,
         "peak_memory_bytes": steps.peak,
         "seconds": round(time.perf_counter() - begin, 2),
@@ -98,6 +99,28 @@ def _target(loaded: Loaded, out: Source | None) -> Path:
     if loaded.recipe.out is None:
         raise MoepruneError(f"{loaded.path} names no output", "give --out DIR")
     return loaded.path.parent / loaded.recipe.out
+
+
+def _all_described(steps: Steps) -> list[dict[str, Any]]:
+    pruned = iter(steps.done)
+    return [
+        _recovered(steps.recovered[number])
+        if number in steps.recovered
+        else _described(next(pruned))
+        for number in range(len(steps.steps))
+    ]
+
+
+def _recovered(step: RecoveryDone) -> dict[str, Any]:
+    made, result = step.recovery.training, dict(step.result)
+    return {
+        "recover": made.how,
+        "options": made.to_json(),
+        "teacher": step.teacher,
+        "result": result,
+        "seconds": {name: round(value, 2) for name, value in step.seconds.items()},
+        "warnings": [],
+    }
 
 
 def _described(step: StepDone) -> dict[str, Any]:

@@ -6,17 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from moeprune.core.budget import Budget, parse_pattern
 from moeprune.core.method import make_method
 from moeprune.errors import MoepruneError, nearest
+from moeprune.models.data import SAMPLES
+from moeprune.models.documents import PREFIX as DATASET
 from moeprune.models.editing import Writing
 from moeprune.pipeline.inputs import Compute, Text
+from moeprune.pipeline.recipes.recovering import Misplaced, RecoverPart, recovery_of
 from moeprune.pipeline.recipes.yaml_lines import Lines, parse
+from moeprune.pipeline.recovery_steps import Recovery
 from moeprune.pipeline.steps import PROJECT, Step
 
 FORMAT = "moeprune.recipe/1"
@@ -50,7 +54,7 @@ class EvaluationPart:
 
 @dataclass(frozen=True, config=_STRICT)
 class StepPart:
-    """One step.
+    """One step that prunes.
 
     Attributes:
         method: its name.
@@ -69,6 +73,16 @@ class StepPart:
     uniform: bool = False
     statistics: Literal["recompute", "project"] = "recompute"
     seed: int | None = None
+
+
+def _kind(step: Any) -> str:
+    return "recover" if isinstance(step, dict) and "recover" in step else "method"
+
+
+AnyPart = Annotated[
+    Annotated[StepPart, Tag("method")] | Annotated[RecoverPart, Tag("recover")],
+    Discriminator(_kind),
+]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -106,7 +120,7 @@ class Recipe:
 
     format: Literal["moeprune.recipe/1"]
     model: str
-    steps: tuple[StepPart, ...]
+    steps: tuple[AnyPart, ...]
     about: str = ""
     out: str | None = None
     seed: int = 0
@@ -138,7 +152,9 @@ class Loaded:
 
     def model(self) -> str:
         """The model; a path beginning with a dot is relative to the recipe."""
-        name = self.recipe.model
+        return self._model(self.recipe.model)
+
+    def _model(self, name: str) -> str:
         return str(self.path.parent / name) if name.startswith(".") else name
 
     def writing(self) -> Writing:
@@ -151,30 +167,50 @@ class Loaded:
         part = self.recipe.compute
         return Compute(part.device, part.dtype, part.workers)
 
-    def steps(self) -> list[Step]:
-        """The steps with their methods made.
+    def steps(self) -> list[Step | Recovery]:
+        """The steps with their methods and trainings made.
 
         Raises:
             MoepruneError: an unknown method or option, or a budget that the method has not.
         """
         return [self.step(number) for number in range(len(self.recipe.steps))]
 
-    def step(self, number: int) -> Step:
+    def step(self, number: int) -> Step | Recovery:
         """One of them."""
         part = self.recipe.steps[number]
         place = ("steps", number)
+        if isinstance(part, RecoverPart):
+            return self._recovery(place, part)
         method = self._at((*place, "method"), lambda: make_method(part.method, part.options))
         budget = self._at((*place, "budget"), lambda: budget_of(part.budget))
         self._at((*place, "budget"), lambda: method.accept(budget))
         if part.statistics == PROJECT and not number:
             raise self._error((*place, "statistics"), "the first step has nothing to project")
+        if part.statistics == PROJECT and isinstance(self.recipe.steps[number - 1], RecoverPart):
+            raise self._error(
+                (*place, "statistics"),
+                "the step before trains, and statistics of other weights cannot be projected",
+                "statistics: recompute",
+            )
         seed = self.recipe.seed if part.seed is None else part.seed
         return Step(method, budget, part.uniform, part.statistics, seed)
+
+    def _recovery(self, place: tuple[str | int, ...], part: RecoverPart) -> Recovery:
+        if not place[-1]:
+            raise self._error((*place, "recover"), "the first step has nothing to recover from")
+        data = self.recipe.calibration.data
+        try:
+            return recovery_of(part, self.recipe.seed, data, self._sources, self._model)
+        except Misplaced as bad:
+            raise self._error((*place, *bad.place), bad.error.problem, bad.error.hint) from bad
 
     def _sources(self, data: tuple[str, ...]) -> tuple[str, ...]:
         found = []
         for source in data:
             name, separator, path = source.rpartition("=")
+            if source.startswith(DATASET) or path.startswith((DATASET, SAMPLES)):
+                found.append(source)  # no file
+                continue
             found.append(f"{name}{separator}{self.path.parent / path}")
         return tuple(found)
 
@@ -236,6 +272,8 @@ def _validated(lines: Lines, path: Path) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         place = tuple(first["loc"])
+        if place[0:1] == ("steps",):
+            place = (*place[:2], *place[3:])  # without the kind of step
         name = ".".join(map(str, place)) or "it"
         message = {
             "unexpected_keyword_argument": "there is no such field",
