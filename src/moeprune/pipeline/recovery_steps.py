@@ -165,7 +165,7 @@ def run_recovery(
             listen=listen, progress=progress, processes=recovery.processes,
         )  # fmt: skip
     except MoepruneError as error:
-        if f"{target}.recovery" not in error.problem + error.hint and "--resume" not in error.hint:
+        if not any(flag in error.hint for flag in ("--resume", "--force")):
             raise
         # what it says is kept goes with the folder of the steps, so nobody can go on with it
         hint = error.hint.partition(", ")[0]

@@ -97,14 +97,18 @@ def _typed(options: Mapping[str, Any]) -> dict[str, Any]:
             raise _bad(name, problem, "moeprune recover ... --adapter")
         if name not in known:
             raise _bad(name, f"unknown option {name!r} of recovery", nearest(name, known))
-        listed = value
-        if name in _LISTS and isinstance(value, str):
-            listed = [one.strip() for one in value.split(",")] if name == "train" else [value]
         try:
-            found[name] = TypeAdapter(known[name]).validate_python(listed)
+            found[name] = TypeAdapter(known[name]).validate_python(_listed(name, value))
         except ValidationError as error:
             raise _bad(name, f"{name}: {error.errors()[0]['msg']}", "") from error
     return found
+
+
+def _listed(name: str, value: Any) -> Any:
+    """A list may be written as the command line takes it."""
+    if name not in _LISTS or not isinstance(value, str):
+        return value
+    return [one.strip() for one in value.split(",")] if name == "train" else [value]
 
 
 def _bad(name: str, problem: str, hint: str) -> Misplaced:
@@ -114,7 +118,8 @@ def _bad(name: str, problem: str, hint: str) -> Misplaced:
 def _culprit(error: MoepruneError, part: RecoverPart) -> tuple[str, ...]:
     """The field that an error is about: the one whose flag or value it names."""
     for name, value in part.options.items():
-        values = value if isinstance(value, list) else [value]
+        listed = _listed(name, value)
+        values = listed if isinstance(listed, list) else [value]
         said = [repr(one) for one in values if isinstance(one, str)]
         said += [f"--{name.replace('_', '-')} "]
         if any(text in f"{error.problem} " for text in said):
