@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from moeprune import Budget, Compute, MoepruneError, prune, recover, training
+from moeprune.cli.run import _row
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.repeat import recover_command
 from moeprune.pipeline.inputs import Text
 from moeprune.pipeline.recipes.run import run
 from moeprune.pipeline.recipes.schema import load_recipe
@@ -22,6 +24,7 @@ SHORT = {"steps": 2, "batch": 4, "holdout": 0.1, "learning_rate": 0.01}
 FORMS: dict[str, dict[str, Any]] = {
     "expert-kd": {"train": ["experts", "routers"]},
     "router-kd": {"layerwise": True, "target": "dense-inputs"},
+    "lora": {"preset": "moeits", "rank": 2, "holdout": 0.0},
 }
 FIRST = "  - method: moeits\n    budget: {keep: 5}\n"
 
@@ -55,11 +58,13 @@ def told(folder: Path) -> Any:
 
 @pytest.mark.parametrize("how", FORMS)
 def test_one_recipe_is_two_commands(how: str, teacher: Path, text: Text, tmp_path: Path) -> None:
+    if how == "lora":
+        pytest.importorskip("peft")
     options = {**SHORT, **FORMS[how]}
     asked = step(how, **options, sequences=20, length=32)
     result = run(write(tmp_path, teacher, text, FIRST + asked), tmp_path / "out")
     prune(teacher, "moeits", Budget(keep=5), tmp_path / "less", compute=ONE, seed=3)
-    chosen = training(how, None, {**options, "seed": 3})
+    chosen = training(how, options.pop("preset", None), {**options, "seed": 3})
     by_hand = Text(text.sources, 20, 32, 3)
     recover(tmp_path / "less", teacher, tmp_path / "same", chosen, by_hand)
     ours, theirs = tree(tmp_path / "out"), tree(tmp_path / "same")
@@ -67,9 +72,7 @@ def test_one_recipe_is_two_commands(how: str, teacher: Path, text: Text, tmp_pat
     assert ours.keys() == theirs.keys()
     assert {name for name in ours if ours[name] != theirs[name]} <= clocked
     assert told(tmp_path / "out") == told(tmp_path / "same")
-    assert (tmp_path / "out/model.safetensors").read_bytes() != (
-        tmp_path / "less/model.safetensors"
-    ).read_bytes()
+    assert ours["model.safetensors"] != tree(tmp_path / "less")["model.safetensors"]
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "out", "less", "same"}
     assert [s.get("method") or s["recover"] for s in result["steps"]] == ["moeits", how]
     assert result["steps"][1]["teacher"] == "teacher"
@@ -102,6 +105,8 @@ def test_a_recovery_in_the_middle(middle: tuple[Path, dict[str, Any]]) -> None:
     report = json.loads((folder / "out/moeprune_run.json").read_bytes())
     way = "moeits + recover router-kd + magnitude + recover expert-kd"
     assert report["rows"][1]["method"] == way
+    row = _row(1, result["steps"][1])
+    assert row["step"] == "2 recover router-kd" and row["observed"].startswith("kl ")
 
 
 def test_provenance_of_all_steps(middle: tuple[Path, dict[str, Any]], teacher: Path) -> None:
@@ -115,6 +120,8 @@ def test_provenance_of_all_steps(middle: tuple[Path, dict[str, Any]], teacher: P
     ]  # fmt: skip
     assert {r["teacher_fingerprint"] for r in record["recovered"]} == {bases[0]}
     assert result["steps"][1]["options"] == record["recovered"][0]["options"]
+    again = recover_command(record["recovered"][1])
+    assert "--layerwise" in again and not {"--rank", "--kl-weight"} & set(again.split())
     # the masks are those of the plan that was made on the recovered model
     masked = verify(folder / "between/step-3", against=folder / "between/step-2")
     assert [f for f in masked.findings if f.severity == "error"] == []

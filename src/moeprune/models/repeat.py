@@ -37,6 +37,10 @@ def repeat_command(plan: Plan, writing: Writing = Writing()) -> str:
     return shlex.join([*words, "--out", OUT])
 
 
+_WHOLE_ONLY = ("ce_weight", "kl_weight", "accumulate", "rank")
+"""Options of recovery that have a value always, and are refused layer by layer."""
+
+
 def recover_command(told: Mapping[str, Any]) -> str:
     """``moeprune recover`` with the options of one recovery of a record."""
     options = told.get("options")
@@ -49,6 +53,8 @@ def recover_command(told: Mapping[str, Any]) -> str:
         flag = "--" + name.replace("_", "-")
         if name in ("how", "alpha", "dropout", "neftune") or value is False or value is None:
             continue  # the last three belong to presets
+        if options.get("layerwise") and name in _WHOLE_ONLY:
+            continue
         if value is True:
             words.append(flag)
         else:
