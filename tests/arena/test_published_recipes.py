@@ -46,6 +46,7 @@ def test_published_recovery(name: str) -> None:
     assert [pruning.name] == [step.name for step in alone.steps()] == [RECOVERED[name]]
     assert loaded.recipe.steps[0] == alone.recipe.steps[0]
     assert isinstance(recovery, Recovery) and recovery.teacher is None
+    assert recovery.taught == (recovery.training.how == "expert-kd")
     made = recovery.training.to_json()
     published = {k: v for k, v in PRESETS[RECOVERED[name]].items() if k != "batch"}
     assert {key: made[key] for key in published} == published

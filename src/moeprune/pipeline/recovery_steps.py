@@ -36,12 +36,14 @@ class Recovery:
         text: what to read.
         teacher: whom to learn from; None takes the model that the first step changes.
         processes: as of ``pipeline.recovery.recover``.
+        taught: False for no teacher at all.
     """
 
     training: Training
     text: Text
     teacher: Source | None = None
     processes: int = 1
+    taught: bool = True
 
     @property
     def name(self) -> str:
@@ -61,13 +63,13 @@ class RecoveryDone:
 
     Attributes:
         recovery: what was asked for.
-        teacher: its name.
+        teacher: its name; None if there was none.
         result: as ``moeprune recover --json`` prints it, without the path.
         seconds: of all, reading and writing too.
     """
 
     recovery: Recovery
-    teacher: str
+    teacher: str | None
     result: Mapping[str, Any]
     seconds: dict[str, float]
 
@@ -103,6 +105,8 @@ def refuse_recovery(
             f"{made.how} pairs experts by one plan, and {prunings} steps before it prune",
             "recover after the first of them, or use layerwise: true, or logit-kd",
         )
+    if not recovery.taught and (made.how == "expert-kd" or made.kl_weight):
+        raise MoepruneError(f"{made.how} learns from a teacher", "leave out teacher")
     if made.how == "lora":
         require_peft()
     if recovery.processes < 1 or (recovery.processes > 1 and made.target != "dense-inputs"):
@@ -157,10 +161,11 @@ def run_recovery(
         progress("training", status.step, status.steps)
 
     teacher = original if recovery.teacher is None else recovery.teacher
+    name = model_name(teacher) if recovery.taught else None
     begin = time.perf_counter()
     try:
         result: Recovered = recover(
-            source, teacher, target, recovery.training, recovery.text,
+            source, teacher if recovery.taught else None, target, recovery.training, recovery.text,
             Compute(compute.device, "float32", 0, compute.trust_remote_code),
             listen=listen, progress=progress, processes=recovery.processes,
         )  # fmt: skip
@@ -175,4 +180,4 @@ def run_recovery(
         ) from error
     told = {key: value for key, value in result.to_json().items() if key != "path"}
     took = {"recover": time.perf_counter() - begin}
-    return RecoveryDone(recovery, model_name(teacher), told, took)
+    return RecoveryDone(recovery, name, told, took)

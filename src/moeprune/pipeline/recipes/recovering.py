@@ -16,7 +16,7 @@ from moeprune.recovery.training import Training, training
 
 _OWN: dict[str, Any] = {
     "preset": str,
-    "teacher": str,
+    "teacher": str | None,
     "data": tuple[str, ...],
     "mix": dict[str, Annotated[float, Field(ge=0.0)]],
     "sequences": int,
@@ -82,7 +82,11 @@ def recovery_of(
     )
     teacher = own.get("teacher")
     return Recovery(
-        made, text, None if teacher is None else model(teacher), own.get("processes", 1)
+        made,
+        text,
+        None if teacher is None else model(teacher),
+        own.get("processes", 1),
+        taught=teacher is not None or "teacher" not in own,
     )
 
 
