@@ -149,7 +149,7 @@ def _gaps(student: Numbers, teacher: Numbers) -> Estimate:
 
 
 def _interval(numbers: Numbers) -> Interval:
-    """Wilson's interval of a share, Student's t of any other mean."""
+    """Wilson's interval of a share, bootstrap-t of any other mean."""
     if _binary(numbers):
         right, count = int(sum(numbers)), len(numbers)
         ends = stats.binomtest(right, count).proportion_ci(LEVEL, method="wilson")
