@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -51,6 +51,11 @@ class Interval:
     def excludes_zero(self) -> bool:
         """Whether the sample shows a difference."""
         return self.low > 0.0 or self.high < 0.0
+
+    def times(self, factor: float) -> Interval:
+        """In another unit; ``factor`` is positive."""
+        value, low, high = (factor * each for each in (self.value, self.low, self.high))
+        return replace(self, value=value, low=low, high=high)
 
     def to_json(self) -> dict[str, Any]:
         """JSON types; None for what is not finite."""
