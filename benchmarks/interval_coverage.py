@@ -10,6 +10,7 @@ differs between documents, skewed to the right; windows scatter more in document
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,8 +35,8 @@ TOKENS = 255.0
 LOSS = 0.1  # nats per token, on average
 
 
-def domain(rng: np.random.Generator, documents: int, skew: float, stream: str = "") -> Estimate:
-    """One domain: windows in documents, mean ``LOSS`` whatever the lengths.
+def lost(rng: np.random.Generator, documents: int, skew: float) -> tuple[Floats, Floats]:
+    """Sums by window, and the document of each: mean ``LOSS`` whatever the lengths.
 
     Documents have a gamma factor of mean 1 whose skewness is ``skew``, and 1 to 30 windows.
     """
@@ -44,7 +45,12 @@ def domain(rng: np.random.Generator, documents: int, skew: float, stream: str = 
     factor_N = np.repeat(rng.gamma(shape, 1.0 / shape, documents), windows_G)
     cluster_N = np.repeat(np.arange(documents), windows_G)
     scatter_N = rng.standard_normal(len(factor_N)) / np.sqrt(shape)
-    sums_N = TOKENS * LOSS * factor_N * (1.0 + scatter_N)
+    return TOKENS * LOSS * factor_N * (1.0 + scatter_N), cluster_N
+
+
+def domain(rng: np.random.Generator, documents: int, skew: float, stream: str = "") -> Estimate:
+    """One domain of such windows."""
+    sums_N, cluster_N = lost(rng, documents, skew)
     return estimate(sums_N, np.full(len(sums_N), TOKENS), cluster_N, "documents", stream)
 
 
@@ -87,9 +93,13 @@ def one_and_the_rest(rng: np.random.Generator, size: int, skew: float) -> Draw:
 
 def students_t(rng: np.random.Generator, size: int, skew: float) -> Draw:
     """Not used by the package: what the usual interval would do."""
-    found = domain(rng, size, skew)
-    half = float(stats.t.ppf(0.975, size - 1)) * found.error
-    return replace(found.interval(), low=found.value - half, high=found.value + half), LOSS
+    sums_N, cluster_N = lost(rng, size, skew)
+    sums_G, tokens_G = np.bincount(cluster_N, sums_N), TOKENS * np.bincount(cluster_N)
+    value, tokens = sums_N.sum() / tokens_G.sum(), tokens_G.sum()
+    squares = np.square(sums_G - value * tokens_G).sum()
+    error = math.sqrt(size / (size - 1) * squares) / tokens
+    half = float(stats.t.ppf(0.975, size - 1)) * error
+    return Interval(value, value - half, value + half, 0.95, size, "Student's t"), LOSS
 
 
 def percentiles(rng: np.random.Generator, size: int, skew: float) -> Draw:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import moeprune
-from moeprune import Budget, Compute, MoepruneError
+from moeprune import Budget, Compute, MoepruneError, Text
 from moeprune.cli.app import main
 from moeprune.cli.task_tables import print_tasks, sample_rows
 from moeprune.evaluation import blimp
@@ -23,7 +23,9 @@ from moeprune.evaluation.harness.protocols import PROTOCOLS, Protocol
 from moeprune.evaluation.harness.scores import mean_score, score
 from moeprune.evaluation.intervals import mcnemar
 from moeprune.evaluation.schema import check
+from moeprune.models.checkpoint import Checkpoint
 from moeprune.pipeline.inputs import silent
+from moeprune.pipeline.prompts import Generate, read_prompts
 from moeprune.pipeline.sample import with_sample
 from moeprune.pipeline.tasks import TaskOptions, Tasks
 
@@ -99,6 +101,18 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out)
     check(result)
     assert result["tasks"]["blimp_sample"]["items"] == 5 and result["protocols"] == {}
+
+
+def test_separators_of_unicode_end_no_line(tmp_path: Path) -> None:
+    """JSON may hold U+2028 and U+0085 as they are."""
+    file = tmp_path / "x.jsonl"
+    rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_text("\r\n".join(lines) + "\n", encoding="utf-8", newline="")
+    assert Folder(tmp_path).rows(file) == rows
+    prompts = [{"prompt": row["text"]} for row in rows]
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in prompts))
+    assert len(read_prompts(Checkpoint.open("demo"), Text(), Generate(prompts=file))) == 2
 
 
 def test_a_group_file_serves_its_tasks(questions: Path) -> None:
