@@ -1,6 +1,8 @@
 """How often the intervals of ``moeprune evaluate`` hold the truth, by simulation.
 
-python benchmarks/interval_coverage.py [REPETITIONS]     prints the table of docs/evaluate.md
+python benchmarks/interval_coverage.py [REPETITIONS [ROW]]     prints the table of docs/evaluate.md
+
+or the rows alone whose names hold ROW, such as "documents of one domain 1.5".
 
 Data are drawn as they look on the embedded model: documents of different lengths; what is lost
 differs between documents, skewed to the right; windows scatter more in documents that lose more.
@@ -8,6 +10,7 @@ differs between documents, skewed to the right; windows scatter more in document
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,8 +35,8 @@ TOKENS = 255.0
 LOSS = 0.1  # nats per token, on average
 
 
-def domain(rng: np.random.Generator, documents: int, skew: float, stream: str = "") -> Estimate:
-    """One domain: windows in documents, mean ``LOSS`` whatever the lengths.
+def lost(rng: np.random.Generator, documents: int, skew: float) -> tuple[Floats, Floats]:
+    """Sums by window, and the document of each: mean ``LOSS`` whatever the lengths.
 
     Documents have a gamma factor of mean 1 whose skewness is ``skew``, and 1 to 30 windows.
     """
@@ -42,7 +45,12 @@ def domain(rng: np.random.Generator, documents: int, skew: float, stream: str = 
     factor_N = np.repeat(rng.gamma(shape, 1.0 / shape, documents), windows_G)
     cluster_N = np.repeat(np.arange(documents), windows_G)
     scatter_N = rng.standard_normal(len(factor_N)) / np.sqrt(shape)
-    sums_N = TOKENS * LOSS * factor_N * (1.0 + scatter_N)
+    return TOKENS * LOSS * factor_N * (1.0 + scatter_N), cluster_N
+
+
+def domain(rng: np.random.Generator, documents: int, skew: float, stream: str = "") -> Estimate:
+    """One domain of such windows."""
+    sums_N, cluster_N = lost(rng, documents, skew)
     return estimate(sums_N, np.full(len(sums_N), TOKENS), cluster_N, "documents", stream)
 
 
@@ -85,9 +93,13 @@ def one_and_the_rest(rng: np.random.Generator, size: int, skew: float) -> Draw:
 
 def students_t(rng: np.random.Generator, size: int, skew: float) -> Draw:
     """Not used by the package: what the usual interval would do."""
-    found = domain(rng, size, skew)
-    half = float(stats.t.ppf(0.975, size - 1)) * found.error
-    return replace(found.interval(), low=found.value - half, high=found.value + half), LOSS
+    sums_N, cluster_N = lost(rng, size, skew)
+    sums_G, tokens_G = np.bincount(cluster_N, sums_N), TOKENS * np.bincount(cluster_N)
+    value, tokens = sums_N.sum() / tokens_G.sum(), tokens_G.sum()
+    squares = np.square(sums_G - value * tokens_G).sum()
+    error = math.sqrt(size / (size - 1) * squares) / tokens
+    half = float(stats.t.ppf(0.975, size - 1)) * error
+    return Interval(value, value - half, value + half, 0.95, size, "Student's t"), LOSS
 
 
 def percentiles(rng: np.random.Generator, size: int, skew: float) -> Draw:
@@ -129,11 +141,13 @@ def coverage(draw: Callable[[], Draw], repetitions: int) -> float:
     return held / repetitions
 
 
-def rows(repetitions: int) -> Iterator[list[str]]:
-    """Lines of the two tables."""
+def rows(repetitions: int, wanted: str = "") -> Iterator[list[str]]:
+    """Lines of the two tables, those whose names hold ``wanted``."""
     yield ["mean", "skewness", *map(str, SIZES)]
     for name, kind in MEANS.items():
         for skew in SKEWS:
+            if wanted not in f"{name} {skew:.1f}":
+                continue
             rng = np.random.default_rng(5)
             found = [
                 coverage(lambda k=kind, s=size, w=skew, r=rng: k(r, s, w), repetitions)
@@ -142,6 +156,8 @@ def rows(repetitions: int) -> Iterator[list[str]]:
             yield [name, f"{skew:.1f}", *(f"{value:.1%}" for value in found)]
     yield ["difference of shares right", "", *map(str, QUESTIONS)]
     for name, (first, second) in SHARES.items():
+        if wanted not in f"one alone right: {name}":
+            continue
         rng, draw = np.random.default_rng(5), questions(first, second)
         found = [coverage(lambda d=draw, s=size, r=rng: d(r, s), repetitions) for size in QUESTIONS]
         yield [f"one alone right: {name}", "", *(f"{value:.1%}" for value in found)]
@@ -149,7 +165,7 @@ def rows(repetitions: int) -> Iterator[list[str]]:
 
 def main() -> None:
     repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
-    for cells in rows(repetitions):
+    for cells in rows(repetitions, "".join(sys.argv[2:3])):
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

@@ -8,10 +8,11 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import moeprune
-from moeprune import Budget, Compute, MoepruneError
+from moeprune import Budget, Compute, MoepruneError, Text
 from moeprune.cli.app import main
 from moeprune.cli.task_tables import print_tasks, sample_rows
 from moeprune.evaluation import blimp
@@ -22,7 +23,9 @@ from moeprune.evaluation.harness.protocols import PROTOCOLS, Protocol
 from moeprune.evaluation.harness.scores import mean_score, score
 from moeprune.evaluation.intervals import mcnemar
 from moeprune.evaluation.schema import check
+from moeprune.models.checkpoint import Checkpoint
 from moeprune.pipeline.inputs import silent
+from moeprune.pipeline.prompts import Generate, read_prompts
 from moeprune.pipeline.sample import with_sample
 from moeprune.pipeline.tasks import TaskOptions, Tasks
 
@@ -98,6 +101,18 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out)
     check(result)
     assert result["tasks"]["blimp_sample"]["items"] == 5 and result["protocols"] == {}
+
+
+def test_separators_of_unicode_end_no_line(tmp_path: Path) -> None:
+    """JSON may hold U+2028 and U+0085 as they are."""
+    file = tmp_path / "x.jsonl"
+    rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_text("\r\n".join(lines) + "\n", encoding="utf-8", newline="")
+    assert Folder(tmp_path).rows(file) == rows
+    prompts = [{"prompt": row["text"]} for row in rows]
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in prompts))
+    assert len(read_prompts(Checkpoint.open("demo"), Text(), Generate(prompts=file))) == 2
 
 
 def test_a_group_file_serves_its_tasks(questions: Path) -> None:
@@ -191,6 +206,9 @@ def test_pairing_question_by_question() -> None:
     assert (found["value"], found["teacher"]) == (0.5, 0.6)
     assert found["difference"]["value"] == pytest.approx(-0.1)
     assert found["p"] == mcnemar(20, 10)
+    assert score([0.0] * 30 + student, [1.0] * 30 + teacher)["verdict"].startswith(
+        "worse by 30.8 points ("
+    )
     same = score(teacher, teacher)
     assert same["p"] == 1.0 and same["difference"]["low"] < 0 < same["difference"]["high"]
     with pytest.raises(ValueError, match="different questions"):
@@ -202,6 +220,16 @@ def test_pairing_question_by_question() -> None:
     alike = mean_score(few, few)
     assert alike["difference"]["low"] < -0.1, "three questions without a difference prove nothing"
     assert 0.0 <= alike["low"] < 0.3 and 0.7 < alike["high"] <= 1.0
+
+
+def test_the_mean_of_tasks_holds_the_truth() -> None:
+    """Nine tasks of 24 questions, a quarter right: the shift of adjusted shares must not add up."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        found = mean_score((rng.random((9, 24)) < 0.25).astype(float).tolist(), None)
+        held += found["low"] <= 0.25 <= found["high"]
+    assert 0.92 <= held / 400 <= 0.985
 
 
 def test_the_sample_is_balanced() -> None:
