@@ -61,6 +61,12 @@ def gather(folder: Path) -> tuple[dict[str, Any], list[str]]:
         (s for s in found.stores if s.manifest["model"]["fingerprint"] == base["fingerprint"]), None
     )
     missing = [*found.wrong, *_missing(rows, store)]
+    used = _used(base, found)
+    if used and not facts.of_one_text(used):
+        missing.append(
+            "evaluations are of different texts or dtypes: their perplexities cannot be compared "
+            "(moeprune evaluate with the same --data and --dtype)"
+        )
     result: dict[str, Any] = {
         "format": "moeprune.run/1",
         "command": f"moeprune report {folder}",
@@ -146,8 +152,18 @@ def _base(found: _Found) -> dict[str, Any]:
         raise MoepruneError(f"the run does not say which model it is of: {error}", _WHAT) from error
 
 
-def _evaluation(name: str, found: _Found) -> dict[str, Any]:
-    return next((e for e in found.evaluations if e.get("model") == name), {})
+def _evaluation(key: str, found: _Found) -> dict[str, Any]:
+    """Of the checkpoint of a plan, which may have another name than the plan."""
+    path = found.checkpoints.get(key, {}).get("path")
+    names = [] if path is None else [Path(path).resolve().name]
+    names.append(found.plans[key]["label"])
+    return next((e for name in names for e in found.evaluations if e.get("model") == name), {})
+
+
+def _used(base: Mapping[str, Any], found: _Found) -> list[dict[str, Any]]:
+    """The evaluations of all rows."""
+    own = [one for one in found.evaluations if one.get("model") == base["name"]]
+    return [*own[:1], *(one for key in found.plans if (one := _evaluation(key, found)))]
 
 
 def _row(key: str, plan: dict[str, Any], found: _Found, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +187,7 @@ def _row(key: str, plan: dict[str, Any], found: _Found, base: Mapping[str, Any])
         "path": found.checkpoints.get(key, {}).get("path"),
         "warnings": list(plan["warnings"]),
         "plan": plan["layers"],
-        **facts.measured(_evaluation(plan["label"], found)),
+        **facts.measured(_evaluation(key, found)),
     }
 
 
@@ -187,7 +203,7 @@ def _original(base: Mapping[str, Any], found: _Found) -> dict[str, Any]:
         "bytes": base["bytes"],
         "perplexity": {},
         "seconds": {},
-        **facts.measured(_evaluation(base["name"], found)),
+        **facts.measured_original(base["name"], _used(base, found)),
     }
 
 

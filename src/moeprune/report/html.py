@@ -46,7 +46,7 @@ def render_report(result: Mapping[str, Any]) -> str:
     """Draw the report of one run.
 
     Args:
-        result: what ``moeprune demo --json`` or ``prune --json`` printed ("moeprune.run/1").
+        result: what ``moeprune demo --json`` printed, or any other ``moeprune.run/1``.
             Measurements that are null or absent are shown as an en dash.
 
     Returns:
