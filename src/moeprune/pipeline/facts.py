@@ -15,6 +15,7 @@ from moeprune.errors import PlanError
 from moeprune.evaluation.summary import ALL
 from moeprune.models.store import StatisticsStore
 
+_SECTIONS = ("findings", "tasks", "generation", "efficiency")
 _LARGEST = 700.0  # its exp is the largest power of ten that a float holds
 
 
@@ -90,7 +91,7 @@ def measured(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
         "perplexity": {name: score.get("perplexity") for name, score in domains.items()},
         **{key: every.get(key) for key in ("loss", "kl", "agreement")},
         **({"against": against} if against else {}),
-        **{k: evaluation[k] for k in ("tasks", "generation", "efficiency") if k in evaluation},
+        **{key: evaluation[key] for key in _SECTIONS if evaluation.get(key)},
     }
 
 

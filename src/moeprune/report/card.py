@@ -85,7 +85,7 @@ def _generation(section: Any) -> str:
     return "\n\n".join([*parts, _list(section.get("findings"))])
 
 
-_SIZES = (
+SIZES = (
     ("disk_bytes", "bytes on disk", "count"),
     ("memory_bytes", "bytes of weights in memory", "count"),
     ("peak_bytes", "bytes at the peak", "count"),
@@ -95,6 +95,7 @@ _SIZES = (
     ("decode_tokens_per_second", "decode, tokens per second", ".1f"),
     ("joules_per_token", "joules per new token", ".3g"),
 )
+"""Key of a model under ``efficiency``, in words, and how it is written."""
 
 
 def _efficiency(section: Any) -> str:
@@ -104,7 +105,7 @@ def _efficiency(section: Any) -> str:
     names = [name for name in ("model", "teacher") if name in models]
     rows = [
         [words, *(_number(models[name].get(key), form) for name in names)]
-        for key, words, form in _SIZES
+        for key, words, form in SIZES
     ]
     where = (
         f"On {_line(place.get('device'))} ({_line(place.get('name'))}, "
