@@ -7,9 +7,12 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from moeprune.models.surgery import PROVENANCE
+from moeprune import Budget
+from moeprune.models.surgery import PROVENANCE, steps_of
 from moeprune.pipeline.inputs import Text
 from moeprune.pipeline.recovery import recover, training
+from moeprune.pipeline.seen import seen_domains
+from moeprune.pipeline.stages import prune
 
 
 def test_card_of_a_recovered_model(
@@ -29,3 +32,16 @@ def test_card_of_a_recovered_model(
     assert "--data english=FILE --sequences" in found.text and "--steps 2" in found.text
     student = ModelCard.load(students["dropped"] / "README.md")
     assert "recovered" not in student.data.tags
+
+    # and what is made from it: the training is not forgotten, what was measured does not go along
+    (out / "evaluation.json").write_text("{}")
+    prune(out, "moeits", Budget(ratio=0.25), tmp_path / "again")
+    again = ModelCard.load(tmp_path / "again" / "README.md")
+    assert "recovered" in again.data.tags and told["data"]["hash"] in again.text
+    assert ", trained again, then `moeits`" in again.text
+    assert "not trained after pruning" in again.text and "then trained again." not in again.text
+    assert [step.get("recovered") for step in steps_of(tmp_path / "again")] == [[told], None]
+    assert seen_domains(tmp_path / "again") == seen_domains(out) == {"english"}
+    assert not {"evaluation.json", "moeprune_recovery.jsonl"} & {
+        file.name for file in (tmp_path / "again").iterdir()
+    }
