@@ -127,6 +127,10 @@ def test_a_folder_that_is_no_run_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty/demo.json").write_text("{")
     refused(run("report", "empty"), "is damaged")
     refused(run("report", "empty", "--open", "maybe"), "yes or no")
+    strange = {"format": "moeprune.compare/1", "original": {}, "cells": []}
+    (tmp_path / "empty/compare.json").write_text(json.dumps(strange))
+    refused(run("report", "empty"), "compare.json is damaged")
+    (tmp_path / "empty/compare.json").unlink()
     assert [file.name for file in (tmp_path / "empty").iterdir()] == ["demo.json"]
 
 

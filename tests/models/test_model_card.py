@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from families import save_tiny
 from moeprune.core.plan import LayerPlan
 from moeprune.models.card_metadata import hub_id, inherited, license_of
-from moeprune.models.card_text import BEGIN, line, END
+from moeprune.models.card_text import BEGIN, END, line
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.surgery import PROVENANCE, apply_plan

@@ -122,7 +122,7 @@ def measured_original(name: str, evaluations: Sequence[Mapping[str, Any]]) -> di
 
 def of_one_text(evaluations: Sequence[Mapping[str, Any]]) -> bool:
     """Whether evaluations read the same tokens in the same dtype."""
-    return len({(_table(e.get("data")).get("hash"), e.get("dtype")) for e in evaluations}) == 1
+    return len({f"{_table(e.get('data')).get('hash')} {e.get('dtype')}" for e in evaluations}) == 1
 
 
 def _domains(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

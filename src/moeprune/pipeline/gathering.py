@@ -23,6 +23,10 @@ from moeprune.pipeline.atlas import atlas
 EVALUATION = "moeprune.evaluation/1"
 _MAX = 1 << 26
 _MOST = 64  # files and folders that are looked into
+_WHOLE = {
+    "method": str, "options": dict, "budget": dict, "seed": int, "model": dict, "warnings": list,
+    "versions": dict,
+}  # fmt: skip
 _WHAT = "give what demo, prune, compare or run wrote, or a folder with plans and statistics"
 
 
@@ -110,10 +114,9 @@ def _sort(file: Path, data: dict[str, Any], found: _Found) -> None:
         copy = file.name == PLAN_COPY
         layers = facts.layers_of(data) if copy else facts.plan_facts(read_plan(file))
         label = file.parent.resolve().name if copy else file.name.removesuffix(".json")
-        keys = ("method", "options", "budget", "seed", "model", "warnings", "versions")
-        if any(key not in data for key in keys):
+        if not all(isinstance(data.get(key), kind) for key, kind in _WHOLE.items()):
             raise MoepruneError("the plan is not whole")
-        plan = {key: data[key] for key in keys}
+        plan = {key: data[key] for key in _WHOLE}
         plan |= {"label": label.removesuffix(".plan"), "layers": layers}
         # a plan and its copies decide the same: the first one found stands for all
         decision = (plan["method"], plan["budget"], plan["options"], plan["model"], data["layers"])
@@ -136,6 +139,12 @@ def _made(key: str, found: _Found) -> dict[str, Any]:
     return found.checkpoints.get(f"made {path}", {})
 
 
+def _sizes(made: Mapping[str, Any], name: str) -> list[Any]:
+    """Before and after, as far as it is known."""
+    pair = made.get(name)
+    return pair if isinstance(pair, list) and len(pair) == 2 else [None, None]
+
+
 def _base(found: _Found) -> dict[str, Any]:
     """The model that it began with, as far as plans, statistics and checkpoints know it."""
     made = next((m for key in found.plans if (m := _made(key, found))), {})
@@ -145,8 +154,8 @@ def _base(found: _Found) -> dict[str, Any]:
     try:
         return {
             **{key: models[0][key] for key in keys},
-            "parameters": (made.get("parameters") or [None])[0],
-            "bytes": (made.get("tensor_bytes") or [None])[0],
+            "parameters": _sizes(made, "parameters")[0],
+            "bytes": _sizes(made, "tensor_bytes")[0],
         }
     except (KeyError, TypeError, LookupError) as error:
         raise MoepruneError(f"the run does not say which model it is of: {error}", _WHAT) from error
@@ -171,17 +180,14 @@ def _row(key: str, plan: dict[str, Any], found: _Found, base: Mapping[str, Any])
     total = len(base["moe_layers"]) * base["experts"]
     kept = sum(len(entry["keep"]) for entry in plan["layers"].values())
 
-    def after(name: str) -> Any:
-        return (made.get(name) or [None, None])[-1]
-
     return {
         "name": plan["label"],
         **{name: plan[name] for name in ("method", "budget", "options", "seed")},
-        "experts": after("experts") if made else kept,
+        "experts": _sizes(made, "experts")[1] if made else kept,
         "experts_before": total,
-        "parameters": after("parameters"),
-        "nonzero_parameters": after("nonzero_parameters"),
-        "bytes": after("tensor_bytes"),
+        "parameters": _sizes(made, "parameters")[1],
+        "nonzero_parameters": _sizes(made, "nonzero_parameters")[1],
+        "bytes": _sizes(made, "tensor_bytes")[1],
         "perplexity": {},
         "seconds": {},
         "path": found.checkpoints.get(key, {}).get("path"),

@@ -70,12 +70,16 @@ def _drawn(folder: Path) -> tuple[str, list[str], str]:
     """The page, what is missing, and the name that it has by default."""
     if (folder / COMPARE_RESULT).is_file():
         result = _read(folder / COMPARE_RESULT, COMPARE)
-        missing = _unfinished(result)
         if result.get("original") is None:
             raise MoepruneError(
                 f"{folder} has measured nothing yet", "run the same moeprune compare again"
             )
-        return compare_page(folder, result)[0], missing, COMPARE_PAGE
+        try:
+            return compare_page(folder, result)[0], _unfinished(result), COMPARE_PAGE
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise MoepruneError(
+                f"{folder / COMPARE_RESULT} is damaged: {error!r}", "make the run again"
+            ) from error
     for name in _RESULTS:
         if (folder / name).is_file():
             result = _read(folder / name, FORMAT)
