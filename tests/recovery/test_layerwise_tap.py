@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -19,10 +20,8 @@ def test_threads_that_begin_together_fill_one_buffer(monkeypatch: pytest.MonkeyP
     allocate, meet = torch.empty, threading.Barrier(2)
 
     def slow(*shape: int, **options: object) -> Tensor:
-        try:
+        with suppress(threading.BrokenBarrierError):
             meet.wait(0.2)  # both have found no buffer, where nothing keeps them apart
-        except threading.BrokenBarrierError:
-            pass
         return allocate(*shape, **options)  # type: ignore[call-overload, no-any-return]
 
     ids_BL = torch.zeros(2, 8, dtype=torch.int64)
