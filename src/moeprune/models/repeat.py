@@ -66,6 +66,8 @@ def text_words(data: Any) -> list[str]:
     if set(names) != set(demo_text("calibration")):
         for name in names:
             words += ["--data", f"{name}=FILE"]
+    if isinstance(data.get("mix"), Mapping):
+        words += ["--mix", ",".join(f"{name}={weight}" for name, weight in data["mix"].items())]
     return [*words, "--sequences", str(data["sequences"]), "--length", str(data.get("length"))]
 
 

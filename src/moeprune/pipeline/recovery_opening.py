@@ -117,7 +117,7 @@ def open_run(
         "how": made.how,
         "teacher": None if teacher is None else model_name(teacher),
         "teacher_fingerprint": header["teacher"],
-        "data": {**facts, "seed": text.seed},
+        "data": {**facts, "seed": text.seed, **({"mix": dict(text.mix)} if text.mix else {})},
         "options": made.to_json(),
     }
     return Opened(student, master, record, domains, header, told)

@@ -192,5 +192,5 @@ def training(
     if given.get("adapter") and how != "lora":
         raise MoepruneError(f"--adapter is for lora, and {how} trains the weights themselves")
     if given.get("layerwise"):
-        given = layerwise_options(how, preset, given)
+        given = layerwise_options(TRAININGS[how], preset, given)
     return replace(TRAININGS[how], **{**PRESETS.get(preset or "", {}), **given})
