@@ -187,9 +187,13 @@ def _recoveries(record: Mapping[str, Any]) -> str:
         gain = ""
         if isinstance(held, list) and len(held) == 2 and all(isinstance(x, float) for x in held):
             gain = f"; held-out {line(told.get('measure'))} {held[0]:.4f} → {held[1]:.4f}"
+        layers = told.get("layers")
+        form = f"weights of step {line(told.get('best_step'))}"
+        if isinstance(layers, list) and layers:
+            form = f"in {len(layers)} layers, one after another"
         lines.append(
             f"- `{line(told.get('how'))}`, teacher {_code(told.get('teacher'))}, "
-            f"{line(told.get('steps'))} steps, weights of step {line(told.get('best_step'))}"
+            f"{line(told.get('steps'))} steps, {form}"
             f"{gain}. Text: {_text(told.get('data'))}"
         )
     return "\n".join(lines)

@@ -71,12 +71,14 @@ def text_words(data: Any) -> list[str]:
         return []
     domains, total = data.get("domains"), data["sequences"]
     read = dict(domains) if isinstance(domains, Mapping) else {}
+    embedded, mix = demo_text("calibration"), data.get("mix")
+    plain = read in ({}, _equally(embedded, total), _equally(read, total))
     words: list[str] = []
-    if read != _equally(demo_text("calibration"), total):
-        if set(read) != set(demo_text("calibration")):
-            words = [word for name in read for word in ("--data", f"{name}=FILE")]
-        if read and read != _equally(read, total):
-            words += ["--mix", ",".join(f"{name}={count}" for name, count in read.items())]
+    if read != _equally(embedded, total) and set(read) != set(embedded):
+        words = [word for name in read for word in ("--data", f"{name}=FILE")]
+    weights = mix if isinstance(mix, Mapping) else {} if plain else read
+    if weights:
+        words += ["--mix", ",".join(f"{name}={weight}" for name, weight in weights.items())]
     return [*words, "--sequences", str(total), "--length", str(data.get("length"))]
 
 
