@@ -1,6 +1,8 @@
 """How often the intervals of ``moeprune evaluate`` hold the truth, by simulation.
 
-python benchmarks/interval_coverage.py [REPETITIONS]     prints the table of docs/evaluate.md
+python benchmarks/interval_coverage.py [REPETITIONS [ROW]]     prints the table of docs/evaluate.md
+
+or the rows alone whose names hold ROW, such as "documents of one domain 1.5".
 
 Data are drawn as they look on the embedded model: documents of different lengths; what is lost
 differs between documents, skewed to the right; windows scatter more in documents that lose more.
@@ -129,11 +131,13 @@ def coverage(draw: Callable[[], Draw], repetitions: int) -> float:
     return held / repetitions
 
 
-def rows(repetitions: int) -> Iterator[list[str]]:
-    """Lines of the two tables."""
+def rows(repetitions: int, wanted: str = "") -> Iterator[list[str]]:
+    """Lines of the two tables, those whose names hold ``wanted``."""
     yield ["mean", "skewness", *map(str, SIZES)]
     for name, kind in MEANS.items():
         for skew in SKEWS:
+            if wanted not in f"{name} {skew:.1f}":
+                continue
             rng = np.random.default_rng(5)
             found = [
                 coverage(lambda k=kind, s=size, w=skew, r=rng: k(r, s, w), repetitions)
@@ -142,6 +146,8 @@ def rows(repetitions: int) -> Iterator[list[str]]:
             yield [name, f"{skew:.1f}", *(f"{value:.1%}" for value in found)]
     yield ["difference of shares right", "", *map(str, QUESTIONS)]
     for name, (first, second) in SHARES.items():
+        if wanted not in f"one alone right: {name}":
+            continue
         rng, draw = np.random.default_rng(5), questions(first, second)
         found = [coverage(lambda d=draw, s=size, r=rng: d(r, s), repetitions) for size in QUESTIONS]
         yield [f"one alone right: {name}", "", *(f"{value:.1%}" for value in found)]
@@ -149,7 +155,7 @@ def rows(repetitions: int) -> Iterator[list[str]]:
 
 def main() -> None:
     repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
-    for cells in rows(repetitions):
+    for cells in rows(repetitions, "".join(sys.argv[2:3])):
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

@@ -69,6 +69,17 @@ def test_resampling_is_the_bootstrap_written_out() -> None:
         assert found.error_B[number] == pytest.approx(error)
 
 
+def test_unequal_documents_count_as_fewer() -> None:
+    """Six documents of which one is half of the text tell as much as three and a third."""
+    sums, weights = [1.0, 2.0, 3.0, 5.0, 4.0, 9.0], [1.0, 1.0, 1.0, 1.0, 1.0, 5.0]
+    mean = 24.0 / 10.0
+    plain = math.sqrt(6 / 5 * sum((s - mean * w) ** 2 for s, w in zip(sums, weights, strict=True)))
+    effective = 10.0**2 / (5 * 1.0 + 5.0**2)
+    wider = stats.t.ppf(0.975, effective - 1) / stats.t.ppf(0.975, 5)
+    assert estimate(sums, weights).error == pytest.approx(wider * plain / 10.0)
+    assert estimate(sums).error == pytest.approx(np.std(sums, ddof=1) / math.sqrt(6))
+
+
 def test_same_numbers_every_time() -> None:
     sums = np.random.default_rng(1).gamma(2.0, size=15)
     first, second = estimate(sums, stream="a").interval(), estimate(sums, stream="a").interval()
@@ -147,6 +158,8 @@ def test_holm_by_hand() -> None:
         (0.001, 0.005, 40, 0.01, "no difference seen: the sample would have shown 0.01 nats"),
         (0.01, 0.05, 40, 0.07, "too small a sample: 40 items can only show a difference of 0.07"),
         (0.3, 0.1, FEWEST - 1, 0.15, f"too small a sample: {FEWEST - 1} items can only show"),
+        (0.0, 0.0, 40, 0.0, "no difference: the same on all 40 items"),
+        (0.0, 0.0, FEWEST - 1, 0.0, "too small a sample: 5 items cannot show a difference"),
         (0.3, math.nan, 1, math.nan, "too small a sample: 1 items cannot show a difference; more"),
         (math.nan, math.nan, 40, math.nan, "unknown"),
     ],

@@ -67,4 +67,5 @@ def test_a_ratio_is_paired_by_turns() -> None:
     assert noisy.value == pytest.approx(1.0) and noisy.low < 1.0 < noisy.high
     assert math.isclose(noisy.low * noisy.high, 1.0)
     assert "no difference of speed seen" in speed_verdict(noisy, "decode")
+    assert "nan" not in speed_verdict(speedup([1.0, 1.1], [2.0, 1.9]), "decode")
     assert "4 turns are few" in speed_verdict(speedup([1.0] * 4, [2.0] * 4), "decode")

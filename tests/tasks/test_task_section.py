@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import moeprune
@@ -191,6 +192,9 @@ def test_pairing_question_by_question() -> None:
     assert (found["value"], found["teacher"]) == (0.5, 0.6)
     assert found["difference"]["value"] == pytest.approx(-0.1)
     assert found["p"] == mcnemar(20, 10)
+    assert score([0.0] * 30 + student, [1.0] * 30 + teacher)["verdict"].startswith(
+        "worse by 30.8 points ("
+    )
     same = score(teacher, teacher)
     assert same["p"] == 1.0 and same["difference"]["low"] < 0 < same["difference"]["high"]
     with pytest.raises(ValueError, match="different questions"):
@@ -202,6 +206,16 @@ def test_pairing_question_by_question() -> None:
     alike = mean_score(few, few)
     assert alike["difference"]["low"] < -0.1, "three questions without a difference prove nothing"
     assert 0.0 <= alike["low"] < 0.3 and 0.7 < alike["high"] <= 1.0
+
+
+def test_the_mean_of_tasks_holds_the_truth() -> None:
+    """Nine tasks of 24 questions, a quarter right: the shift of adjusted shares must not add up."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        found = mean_score((rng.random((9, 24)) < 0.25).astype(float).tolist(), None)
+        held += found["low"] <= 0.25 <= found["high"]
+    assert 0.92 <= held / 400 <= 0.985
 
 
 def test_the_sample_is_balanced() -> None:

@@ -5,6 +5,7 @@ Axes: W windows, V vocabulary, A branches, R ratios, G clusters (documents, or w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +21,6 @@ from moeprune.models.branches import BranchedWalk
 from moeprune.models.walk import default_workers
 
 Floats = NDArray[np.float64]
-
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -56,28 +55,24 @@ class Damage:
         return estimate(sums_W, self.model.tokens_N, self.cluster_W, self.unit)
 
     def largest_ratio(
-        self, branches: Sequence[int], ratios: Sequence[float], limit: float, seed: int
+        self, branches: Sequence[int], ratios: Sequence[float], limit: float
     ) -> Interval:
         """The largest ratio at which the loss rises by at most ``limit``, nats per token.
 
         Between the ratios that ``branches`` stand for, and from 0, the loss is taken to rise along
-        straight lines. The interval is of percentiles over resampled clusters, all branches on the
-        same ones.
+        straight lines. The interval holds the ratios at which the limit lies within the interval of
+        the rise: it ends where the upper and the lower ends cross the limit. All that was tried,
+        from 0 on, where the sample has no intervals.
         """
-        _, group_W = np.unique(self.cluster_W, return_inverse=True)
-        tokens_G = np.bincount(group_W, self.model.tokens_N)
-        rises = [self.branches[branch].nll_N - self.model.nll_N for branch in branches]
-        rise_RG = np.array([np.bincount(group_W, rise_W) for rise_W in rises])
-        count = len(tokens_G)
-        value = largest_below(ratios, rise_RG.sum(1) / tokens_G.sum(), limit)
-        draws = np.random.default_rng(seed).integers(0, count, (_RESAMPLES, count))
-        found = [
-            largest_below(ratios, rise_RG[:, draw].sum(1) / tokens_G[draw].sum(), limit)
-            for draw in draws
-        ]
-        low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        how = f"percentiles over resampled {self.unit}"
-        return Interval(value, float(low), float(high), LEVEL, count, how)
+        rises = [self.loss(branch) for branch in branches]
+        found = [rise.interval() for rise in rises]
+        value = largest_below(ratios, [rise.value for rise in rises], limit)
+        low = largest_below(ratios, [each.high for each in found], limit)
+        ends = [each.low for each in found]
+        known = all(math.isfinite(end) for end in ends)
+        high = largest_below(ratios, ends, limit) if known else float(ratios[-1])
+        how = f"where the ends of the rise's interval cross, {found[0].method}"
+        return Interval(value, low, high, LEVEL, found[0].items, how)
 
 
 def measure(

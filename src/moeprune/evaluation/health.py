@@ -131,12 +131,8 @@ def _own(measure: Measure, values: Sequence[float]) -> dict[str, Any]:
 def _verdict(measure: Measure, interval: intervals.Interval, smallest: float) -> str:
     points = not measure.unit  # shares are told in points of a hundred
     factor, unit = (100.0, "points") if points else (1.0, measure.unit.strip())
-    scaled = intervals.Interval(
-        interval.value * factor, interval.low * factor, interval.high * factor,
-        interval.level, interval.items, interval.method,
-    )  # fmt: skip
     said = intervals.verdict(
-        scaled, smallest * factor, measure.wanted * factor, unit,
+        interval.times(factor), smallest * factor, measure.wanted * factor, unit,
         worse=measure.worse or 1, form=".3g", things="prompts", advice=_ADVICE,
     )  # fmt: skip
     if measure.worse == 0:  # a longer answer is neither better nor worse

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -52,6 +52,11 @@ class Interval:
         """Whether the sample shows a difference."""
         return self.low > 0.0 or self.high < 0.0
 
+    def times(self, factor: float) -> Interval:
+        """In another unit; ``factor`` is positive."""
+        value, low, high = (factor * each for each in (self.value, self.low, self.high))
+        return replace(self, value=value, low=low, high=high)
+
     def to_json(self) -> dict[str, Any]:
         """JSON types; None for what is not finite."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}
@@ -65,7 +70,8 @@ class Estimate:
 
     Attributes:
         value: sum of the items over the sum of their weights.
-        error: standard error; NaN with fewer than two clusters.
+        error: standard error, widened where clusters are few and of unequal weight; NaN with fewer
+            than two clusters.
         items: independent items, that is clusters.
         unit: what a cluster is, in the plural.
         shift_B: value of each resample minus ``value``.
@@ -135,8 +141,8 @@ def estimate(
 ) -> Estimate:
     """The weighted mean of items that come in clusters, with its error.
 
-    r = Σs / Σw;  error² = G/(G-1) · Σ_g (s_g - r·w_g)² / (Σw)², G clusters. Paired differences are
-    items like others: give the difference of the sums.
+    r = Σs / Σw;  error² = k² · G/(G-1) · Σ_g (s_g - r·w_g)² / (Σw)², G clusters. Paired differences
+    are items like others: give the difference of the sums. k is of ``_widening``.
 
     Args:
         sums_N: a sum per item, for example of the difference of loss over the tokens of a window.
@@ -161,6 +167,7 @@ def estimate(
     factor = math.sqrt(count / (count - 1))
     rest_N = s_N - value * w_N
     error = factor * math.sqrt(float(np.square(rest_N).sum())) / float(w_N.sum())
+    error *= _widening(w_N)
     if count > MOST:
         drawn_B = np.random.default_rng(zlib.crc32(stream.encode())).standard_normal(RESAMPLES)
         return Estimate(value, error, count, unit, drawn_B * error, np.full(RESAMPLES, error))
@@ -171,6 +178,22 @@ def estimate(
     squares_B = rest_B - 2.0 * shift_B * mixed_B + np.square(shift_B) * square_B
     error_B = factor * np.sqrt(np.maximum(squares_B, 0.0)) / weight_B
     return Estimate(value, error, count, unit, shift_B, error_B)
+
+
+def _widening(weights_N: Floats) -> float:
+    """By how much unequal weights widen an interval: t(G* - 1) / t(G - 1), at least 1.
+
+    G* = (Σw)² / Σw² clusters of equal weight tell as much as these G (Kish 1965); t(n) is the
+    two-sided quantile of Student's t. The resamples alone leave intervals of few documents of
+    different lengths too short where what they lose is skewed. Below ``FEWEST`` clusters the
+    resamples are wide enough.
+    """
+    count = len(weights_N)
+    if count < FEWEST or np.ptp(weights_N) == 0.0:
+        return 1.0
+    effective = float(weights_N.sum() ** 2 / np.square(weights_N).sum())
+    few, all_ = stats.t.ppf(0.5 + LEVEL / 2.0, [max(1.0, effective - 1.0), count - 1.0])
+    return float(few / all_)
 
 
 @lru_cache(maxsize=16)
@@ -293,6 +316,8 @@ def verdict(
         )
         more = f"; {advice}" if advice else ""
         return f"too small a sample: {interval.items} {things} {shows}{more}"
+    if interval.low == interval.high == 0.0:
+        return f"no difference: the same on all {interval.items} {things}"
     if interval.excludes_zero:
         word = "worse" if interval.value * worse > 0 else "better"
         ends = sorted((abs(interval.low), abs(interval.high)))

@@ -98,6 +98,8 @@ class Paired:
         loss = self.loss.interval()
         if self.same:
             loss, kl, agreement = (self._without_spread(each) for each in (loss, kl, agreement))
+        elif agreement.value == 1.0:  # the same choices; not the same numbers
+            agreement = self._without_spread(agreement)
         kl = _between(kl, 0.0, math.inf)
         agreement = _between(agreement, 0.0, 1.0)
         smallest = self.loss.smallest()
@@ -157,7 +159,8 @@ def lost_more(domains: Mapping[str, Paired], wanted: float, others: str) -> list
     """Sentences on those that lost more than the rest together, worst first.
 
     The difference to the rest has an interval of its own; p-values are corrected for looking at
-    all of them (Holm), and differences smaller than ``wanted`` are left out.
+    all of them (Holm), and differences smaller than ``wanted`` are left out. Nothing is said of
+    fewer than ``FEWEST`` documents, nor against so few.
 
     Args:
         domains: what is compared, disjoint.
@@ -169,10 +172,12 @@ def lost_more(domains: Mapping[str, Paired], wanted: float, others: str) -> list
     gaps = []
     for name, one in domains.items():
         rest = Paired.pooled([other for key, other in domains.items() if key != name])
-        gaps.append((name, one.loss.minus(rest.loss)))
+        if min(one.loss.items, rest.loss.items) >= FEWEST:
+            gaps.append((name, one.loss.minus(rest.loss)))
     # of two, either is the rest of the other: that is one look
-    looks = len(gaps) if len(gaps) > 2 else 1
-    p_D = holm([gap.p_value() for _, gap in gaps]) if looks > 1 else [gaps[0][1].p_value()] * 2
+    looks = len(gaps) if len(domains) > 2 else 1
+    p_values = [gap.p_value() for _, gap in gaps]
+    p_D = holm(p_values) if looks > 1 else p_values
     shown = [
         (gap.value, name, gap.interval(), float(p))
         for (name, gap), p in zip(gaps, p_D, strict=True)

@@ -150,7 +150,8 @@ def speed_verdict(ratio: intervals.Interval, what: str) -> str:
     """A ratio of speeds in words."""
     between = f"{ratio.low:.2f} to {ratio.high:.2f}"
     if ratio.items < intervals.FEWEST:
-        return f"{what} {ratio.value:.2f} times as fast ({between}); {ratio.items} turns are few"
+        known = f" ({between})" if math.isfinite(ratio.low) else ""
+        return f"{what} {ratio.value:.2f} times as fast{known}; {ratio.items} turns are few"
     if ratio.low <= 1.0 <= ratio.high:
         return f"{what}: no difference of speed seen, ratio {ratio.value:.2f} ({between})"
     return f"{what} {ratio.value:.2f} times as fast as the teacher ({between})"

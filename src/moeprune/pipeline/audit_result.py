@@ -84,7 +84,6 @@ def result_of(
     damage: Damage,
     squares: Sequence[float],
     max_loss: float,
-    seed: int,
 ) -> Json:
     """Everything but what was asked for and the sentences.
 
@@ -93,7 +92,6 @@ def result_of(
         cells, damage: what was tried, and what came of it.
         squares: by decoder layer, the mean squared norm of the state behind it.
         max_loss: the rise of the loss that is acceptable, nats per token.
-        seed: of the resampling.
     """
     supers = super_experts({layer: one.largest for layer, one in found.items()})
     streams = {
@@ -122,7 +120,7 @@ def result_of(
         "layers": layers,
         "predictor": {**order, "kl_per_unit": scale},
         "model_damage": {f"{r:g}": _whole(found, r, cells, damage) for r in possible},
-        "recommendation": _recommendation(possible, cells, damage, max_loss, seed),
+        "recommendation": _recommendation(possible, cells, damage, max_loss),
         "advice": _advice(found, cells, damage),
     }
 
@@ -206,13 +204,13 @@ def _coverage(found: Mapping[int, LayerFinding]) -> Json:
 
 
 def _recommendation(
-    possible: Sequence[float], cells: Cells, damage: Damage, max_loss: float, seed: int
+    possible: Sequence[float], cells: Cells, damage: Damage, max_loss: float
 ) -> Json:
     """The largest ratio that stays below ``max_loss``, and whether it lies between those tried."""
     if not possible:
         return {"max_loss": max_loss, "ratio": None, "where": "unknown"}
     branches = [cells.every[ratio] for ratio in possible]
-    found = damage.largest_ratio(branches, possible, max_loss, seed)
+    found = damage.largest_ratio(branches, possible, max_loss)
     where = "between"
     if found.value >= possible[-1]:
         where = "above"

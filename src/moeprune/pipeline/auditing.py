@@ -142,7 +142,7 @@ def audit(
         "statistics": None if store is None else store.summary["sha256"],
         "versions": versions(),
     }
-    found = result_of(auditor.found, cells, damage, walk.squares, trial.max_loss, text.seed)
+    found = result_of(auditor.found, cells, damage, walk.squares, trial.max_loss)
     return {
         **described,
         "seconds": time.perf_counter() - start,

@@ -83,7 +83,7 @@ def _from_file(checkpoint: Checkpoint, file: Path) -> Iterator[Prompt]:
     tokenizer = data.load_tokenizer(checkpoint)
     known = checkpoint.config.get("vocab_size")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: {error}", "convert it to UTF-8") from error
     entries = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]

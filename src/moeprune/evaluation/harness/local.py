@@ -110,7 +110,7 @@ def _texts(row: Row) -> Iterable[str]:
 
 def _objects(file: Path) -> Iterable[Row]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text", "convert it to UTF-8") from error
     for number, line in enumerate(lines, start=1):

@@ -51,18 +51,20 @@ def score(student: Numbers, teacher: Numbers | None = None) -> dict[str, Any]:
     if len(teacher) != len(student):
         raise ValueError("teacher and student answered different questions")
     gap, p, smallest = _difference(student, teacher)
+    # shares are told in points of a hundred
+    factor, unit = (100.0, "points") if _binary(student, teacher) else (1.0, "")
     return {
         **found,
         "teacher": math.fsum(teacher) / len(teacher),
         "difference": gap.to_json(),
         "p": p,
         "verdict": verdict(
-            gap,
-            smallest,
-            WANTED,
-            "points" if _binary(student, teacher) else "",
+            gap.times(factor),
+            smallest * factor,
+            WANTED * factor,
+            unit,
             worse=-1,
-            form=".3f",
+            form=".1f" if unit else ".3f",
             things="questions",
             advice="give more questions, or a larger --limit",
         ),
@@ -85,8 +87,10 @@ def _difference(student: Numbers, teacher: Numbers) -> tuple[Interval, float, fl
 def mean_score(students: Sequence[Numbers], teachers: Sequence[Numbers] | None) -> dict[str, Any]:
     """The plain mean over several tasks, every task counting the same.
 
-    The intervals are normal, around the mean of the tasks' adjusted shares (Agresti and Coull) or
-    adjusted differences (Bonett and Price): a task on which nothing varied is not taken as certain.
+    The intervals are normal, around the mean itself. Only variances are of the tasks' adjusted
+    shares (Agresti and Coull) or differences (Bonett and Price), so that a task on which nothing
+    varied is not taken as certain: adjusted shares all err towards one half, and their mean would
+    keep the error of one of them with the width of many.
     """
     own = _mean([_share(task) for task in students], (0.0, 1.0))
     found: dict[str, Any] = {
@@ -105,42 +109,40 @@ def mean_score(students: Sequence[Numbers], teachers: Sequence[Numbers] | None) 
 
 @dataclass(frozen=True)
 class _Part:
-    """One task: its value, where the interval has its middle, its variance, its questions."""
+    """One task: its value, the variance of that, its questions."""
 
     value: float
-    middle: float
     variance: float
     items: int
 
 
 def _mean(parts: Sequence[_Part], bounds: tuple[float, float]) -> Interval:
     count = len(parts)
-    middle = math.fsum(part.middle for part in parts) / count
     half = _Z * math.sqrt(math.fsum(part.variance for part in parts)) / count
-    low, high = max(bounds[0], middle - half), min(bounds[1], middle + half)
     value = math.fsum(part.value for part in parts) / count
+    low, high = max(bounds[0], value - half), min(bounds[1], value + half)
     items = sum(part.items for part in parts)
-    return Interval(value, low, high, LEVEL, items, "normal, adjusted shares of each task")
+    return Interval(value, low, high, LEVEL, items, "normal, variances of adjusted shares")
 
 
 def _share(numbers: Numbers) -> _Part:
     value, count = math.fsum(numbers) / len(numbers), len(numbers)
     if not _binary(numbers):
-        return _Part(value, value, estimate(numbers, unit="questions").error ** 2, count)
+        return _Part(value, estimate(numbers, unit="questions").error ** 2, count)
     middle = (math.fsum(numbers) + 2.0) / (count + 4.0)
-    return _Part(value, middle, middle * (1.0 - middle) / (count + 4.0), count)
+    return _Part(value, middle * (1.0 - middle) / count, count)
 
 
 def _gap(student: Numbers, teacher: Numbers) -> _Part:
     count = len(student)
     if not _binary(student, teacher):
         paired = _gaps(student, teacher)
-        return _Part(paired.value, paired.value, paired.error**2, count)
+        return _Part(paired.value, paired.error**2, count)
     pairs = list(zip(teacher, student, strict=True))
     lost, won = pairs.count((1.0, 0.0)), pairs.count((0.0, 1.0))
     first, second = (lost + 1) / (count + 2), (won + 1) / (count + 2)
-    middle = second - first
-    return _Part((won - lost) / count, middle, (first + second - middle**2) / (count + 2), count)
+    variance = (first + second - (second - first) ** 2) / (count + 2)
+    return _Part((won - lost) / count, variance, count)
 
 
 def _gaps(student: Numbers, teacher: Numbers) -> Estimate:
@@ -149,7 +151,7 @@ def _gaps(student: Numbers, teacher: Numbers) -> Estimate:
 
 
 def _interval(numbers: Numbers) -> Interval:
-    """Wilson's interval of a share, Student's t of any other mean."""
+    """Wilson's interval of a share, bootstrap-t of any other mean."""
     if _binary(numbers):
         right, count = int(sum(numbers)), len(numbers)
         ends = stats.binomtest(right, count).proportion_ci(LEVEL, method="wilson")
