@@ -48,7 +48,10 @@ def gather(folder: Path) -> tuple[dict[str, Any], list[str]]:
         MoepruneError: it holds neither a plan nor statistics.
     """
     found = _Found()
-    for place in [folder, *sorted(p for p in folder.iterdir() if p.is_dir())][:_MOST]:
+    places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
+    if len(places) > _MOST:
+        found.wrong.append(f"{len(places) - _MOST} of {len(places) - 1} folders were not looked into")
+    for place in places[:_MOST]:
         for file, data in _documents(place):
             try:
                 _sort(file, data, found)
