@@ -50,7 +50,7 @@ def gather(folder: Path) -> tuple[dict[str, Any], list[str]]:
     found = _Found()
     places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
     if len(places) > _MOST:
-        found.wrong.append(f"{len(places) - _MOST} of {len(places) - 1} folders were not looked into")
+        found.wrong.append(f"{len(places) - _MOST} folders were not looked into")
     for place in places[:_MOST]:
         for file, data in _documents(place):
             try:
