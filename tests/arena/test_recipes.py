@@ -11,21 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families import save_tiny
-from moeprune import (
-    Budget,
-    Compute,
-    MoepruneError,
-    Text,
-    apply,
-    calibrate,
-    plan,
-    prune,
-    recover,
-    training,
-)
+from moeprune import Budget, Compute, MoepruneError, Text, apply, calibrate, plan, prune
 from moeprune.core.accumulators import LIGHT
 from moeprune.core.method import make_method
-from moeprune.errors import OutputError
 from moeprune.files import json_bytes, sha256_bytes
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.projection import project_statistics
@@ -35,7 +23,7 @@ from moeprune.pipeline.recipes.schema import load_recipe
 from moeprune.pipeline.recipes.yaml_lines import parse
 from moeprune.pipeline.verification import verify
 from running import page
-from support import tensor_digests, tree
+from support import tree
 
 HEAD = "format: moeprune.recipe/1\nmodel: demo\n"
 STEP = "steps:\n  - method: moeits\n    budget: {keep: 24}\n"
@@ -70,9 +58,6 @@ def recipe(folder: Path, text: str) -> Path:
         (HEAD + STEP + "    statistics: project\n", "line 6: the first step has nothing"),
         (HEAD + STEP + "    statistics: guess\n", "line 6: steps.0.statistics: Input should be"),
         (HEAD + STEP + "writing: {mtp: half}\n", "line 6: "),
-        (HEAD + STEP + "recovery:\n  - how: magic\n", "line 7: unknown way to recover 'magic'"),
-        (HEAD + STEP + "recovery:\n  - options: {steps: many}\n", "line 7: an option is of"),
-        (HEAD + STEP + STEP[7:] + "recovery:\n  - how: expert-kd\n", "line 9: expert-kd pairs"),
         (HEAD + "steps: []\n", "line 3: no step"),
         (HEAD.replace("/1", "/2") + STEP, "line 1: format: Input should be"),
         (HEAD + "a: &x 1\nb: *x\n" + STEP, "aliases"),
@@ -252,24 +237,3 @@ def test_a_strange_record_is_no_history(tmp_path: Path) -> None:
     for text in ("[]", "{", '{"format": "moeprune.checkpoint/2"}'):
         (tmp_path / "moeprune.json").write_text(text)
         assert steps_of(tmp_path) == []
-
-
-def test_recoveries_follow_the_steps(tmp_path: Path, english: Path) -> None:
-    text = HEAD + (
-        "seed: 3\ncompute: {dtype: float32, workers: 1}\n" + STEP + "recovery:\n"
-        f"  - {{how: router-kd, options: {{steps: 1, batch: 1, learning_rate: 1e-4}},\n"
-        f"     data: [{english}], sequences: 4, length: 32}}\n"
-    )
-    result = run(recipe(tmp_path, text), tmp_path / "out", command="moeprune run recipe.yaml")
-    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "out"}
-    (told,) = result["recovery"]
-    assert told["how"] == "router-kd" and told["steps"] == 1 and told["options"]["seed"] == 3
-    student = tmp_path / "student"
-    prune("demo", "moeits", Budget(keep=24), student, compute=ONE, seed=3)
-    chosen = training("router-kd", None, {"steps": 1, "batch": 1, "learning_rate": 1e-4, "seed": 3})
-    recover(student, "demo", tmp_path / "hand", chosen, Text((str(english),), 4, 32, 3))
-    assert tensor_digests(tmp_path / "out") == tensor_digests(tmp_path / "hand")
-    (page,) = (tmp_path / "out").glob("*.html")
-    assert "trained again (moeprune recover)" in page.read_text(encoding="utf-8")
-    with pytest.raises(OutputError, match="exists"):
-        run(tmp_path / "recipe.yaml", tmp_path / "out")

@@ -167,16 +167,11 @@ class Witness:
         }
 
     def write(
-        self,
-        out: Path,
-        steps: Sequence[StepDone],
-        measured: Mapping[str, Any] | None = None,
-        notes: Sequence[str] = (),
+        self, out: Path, steps: Sequence[StepDone], measured: Mapping[str, Any] | None = None
     ) -> None:
         """Put the result and its page into the checkpoint ``out``, which the last step wrote.
 
-        ``measured`` is the evaluation against the original, if there was one; ``notes`` are what
-        else a reader has to know.
+        ``measured`` is the evaluation against the original, if there was one.
         """
         base, first, last = dict(steps[0].plan.model), steps[0], steps[-1]
         # layers may have different numbers; a plan of dropped layers names no expert
@@ -197,7 +192,7 @@ class Witness:
                 original | facts.measured_original(base["name"], [measured] if measured else []),
                 _row(out, steps) | facts.measured(measured),
             ],
-            "warnings": [*notes, *([] if measured else [UNMEASURED])],
+            "warnings": [] if measured else [UNMEASURED],
             "versions": dict(last.plan.versions),
             "seconds": round(time.perf_counter() - self._began, 2),
         }

@@ -110,11 +110,6 @@ class Training:
             raise MoepruneError(f"--batch {self.batch} cannot be cut into {self.accumulate} parts")
 
     @property
-    def pairs_experts(self) -> bool:
-        """Whether experts of the student are paired with the teacher's, by the student's plan."""
-        return self.objective == "router" if self.layerwise else self.how == "expert-kd"
-
-    @property
     def between_evaluations(self) -> int:
         """Steps from one evaluation to the next."""
         return self.evaluate_every or max(1, self.steps // 10)

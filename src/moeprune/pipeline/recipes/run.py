@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from moeprune.errors import MoepruneError
-from moeprune.files import json_bytes, new_directory, refuse_existing, sha256_bytes, sha256_file
+from moeprune.files import json_bytes, sha256_bytes, sha256_file
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.store import versions
 from moeprune.pipeline.cards import write_measured
 from moeprune.pipeline.evaluating import evaluate
-from moeprune.pipeline.inputs import (
-    Progress,
-    Source,
-    Text,
-    model_name,
-    read_heldout,
-    refuse_source,
-    silent,
-)
+from moeprune.pipeline.inputs import Progress, Source, model_name, read_heldout, silent
 from moeprune.pipeline.recipes.schema import Loaded, load_recipe
 from moeprune.pipeline.reporting import Witness
 from moeprune.pipeline.steps import StepDone, Steps
-from moeprune.recovery.training import Training
 
 RESULT_FORMAT = "moeprune.recipe-run/1"
-_TRAINED = "The pruned model was trained again (moeprune recover) before it was measured."
 
 
 def run(
@@ -66,7 +53,6 @@ def run(
     compute = loaded.compute()
     if trust_remote_code:
         compute = type(compute)(**{**asdict(compute), "trust_remote_code": True})
-    trainings = loaded.recoveries()
     witness = Witness(loaded.model(), compute, command) if command else None
     steps = Steps(
         loaded.model(),
@@ -85,16 +71,13 @@ def run(
     if heldout is not None:  # a missing file shows before hours of work
         checkpoint = Checkpoint.open(loaded.model(), compute.trust_remote_code)
         read_heldout(checkpoint, heldout)
-    if trainings:
-        done, recovered = _recovered(steps, trainings)
-    else:
-        done, recovered = steps.run(), []
+    done = steps.run()
     measured = None
     if heldout is not None:
         measured = evaluate(target, loaded.model(), heldout, compute, progress)
         write_measured(target, measured)
     if witness is not None:
-        witness.write(target, done, measured, [_TRAINED] if recovered else [])
+        witness.write(target, done, measured)
     return {
         "format": RESULT_FORMAT,
         "recipe": {"file": loaded.path.name, "sha256": sha256_file(loaded.path)},
@@ -102,44 +85,11 @@ def run(
         "model": model_name(loaded.model()),
         "path": str(target),
         "steps": [_described(step) for step in done],
-        **({"recovery": recovered} if recovered else {}),
         "evaluation": measured,
         "peak_memory_bytes": steps.peak,
         "seconds": round(time.perf_counter() - begin, 2),
         "versions": versions(),
     }
-
-
-def _recovered(
-    steps: Steps, trainings: Sequence[tuple[Training, Text]]
-) -> tuple[list[StepDone], list[dict[str, Any]]]:
-    """The steps, then the trainings, beside the output, which appears when all have succeeded."""
-    from moeprune.pipeline.recovery import recover  # noqa: PLC0415  accelerate takes a second
-
-    target, force, compute = steps.out, steps.force, steps.compute
-    refuse_existing(target, force)
-    refuse_source(Checkpoint.open(steps.source, compute.trust_remote_code), target)
-    room = next(parent for parent in target.absolute().parents if parent.is_dir())
-    found = []
-    with TemporaryDirectory(prefix=".moeprune-", dir=room) as folder:
-        student = Path(folder) / "student"
-        done = replace(steps, out=student, force=False, done=[])
-        done.run()
-        steps.peak = done.peak
-        for number, (made, text) in enumerate(trainings):
-            healed = Path(folder) / f"recovered-{number + 1}"
-            result = recover(
-                student, steps.source, healed, made, text, compute, progress=steps.progress,
-                listen=lambda status: steps.progress("training", status.step, status.steps),
-            )  # fmt: skip
-            shutil.rmtree(student)
-            student = healed
-            found.append({k: v for k, v in result.to_json().items() if k != "path"})
-            found[-1] |= {"how": made.how, "options": made.to_json()}
-        with new_directory(target, force) as place:
-            for file in student.iterdir():
-                file.rename(place / file.name)
-    return done.done, found
 
 
 def _target(loaded: Loaded, out: Source | None) -> Path:

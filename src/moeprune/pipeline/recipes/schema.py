@@ -18,7 +18,6 @@ from moeprune.models.editing import Writing
 from moeprune.pipeline.inputs import Compute, Text
 from moeprune.pipeline.recipes.yaml_lines import Lines, parse
 from moeprune.pipeline.steps import PROJECT, Step
-from moeprune.recovery.training import Training, training
 
 FORMAT = "moeprune.recipe/1"
 _MOST = 1 << 20
@@ -73,25 +72,6 @@ class StepPart:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class RecoveryPart:
-    """A recovery, with the recipe's model as the teacher; as of ``moeprune recover``.
-
-    Attributes:
-        how: the way.
-        preset: published settings.
-        options: of ``moeprune.training``.
-        data, sequences, length: text to learn from, as in ``TextPart``.
-    """
-
-    how: str = "expert-kd"
-    preset: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    data: tuple[str, ...] = ()
-    sequences: int = 600
-    length: int = 512
-
-
-@dataclass(frozen=True, config=_STRICT)
 class WritingPart:
     """Choices that no method makes; as of ``moeprune apply``."""
 
@@ -120,7 +100,6 @@ class Recipe:
         about: whatever a reader should know.
         out: the new checkpoint, if the command line does not say.
         seed: of the draw of text, and of methods.
-        recovery: in order, after the steps.
         calibration, evaluation, writing, compute: see their classes; no evaluation measures
             nothing.
     """
@@ -132,7 +111,6 @@ class Recipe:
     out: str | None = None
     seed: int = 0
     calibration: TextPart = TextPart()
-    recovery: tuple[RecoveryPart, ...] = ()
     evaluation: EvaluationPart | None = None
     writing: WritingPart = WritingPart()
     compute: ComputePart = ComputePart()
@@ -192,31 +170,6 @@ class Loaded:
             raise self._error((*place, "statistics"), "the first step has nothing to project")
         seed = self.recipe.seed if part.seed is None else part.seed
         return Step(method, budget, part.uniform, part.statistics, seed)
-
-    def recoveries(self) -> list[tuple[Training, Text]]:
-        """How the result of the steps is trained, and on what.
-
-        Raises:
-            MoepruneError: there is no such way or option, or it cannot follow these steps.
-        """
-        return [self.recovery(number) for number in range(len(self.recipe.recovery))]
-
-    def recovery(self, number: int) -> tuple[Training, Text]:
-        """One of them."""
-        part, seed = self.recipe.recovery[number], self.recipe.seed
-        place = ("recovery", number)
-        options = {"seed": seed, **part.options}
-        try:
-            made = self._at(place, lambda: training(part.how, part.preset, options))
-        except TypeError as error:
-            raise self._error(place, f"an option is of another type: {error}") from error
-        if len(self.recipe.steps) > 1 and made.pairs_experts:
-            raise self._error(
-                place,
-                f"{part.how} pairs experts by the plan of one step, and there are several",
-                "layerwise: true among its options, or how: logit-kd",
-            )
-        return made, Text(self._sources(part.data), part.sequences, part.length, seed)
 
     def _sources(self, data: tuple[str, ...]) -> tuple[str, ...]:
         found = []
