@@ -179,6 +179,9 @@ def test_killed_and_resumed_at_the_layer_where_it_was_cut(
         recover(students["masked"], teacher, cut, chosen, text)
     with pytest.raises(MoepruneError, match="another steps"):
         recover(students["masked"], teacher, cut, quick(target=target, steps=9), text, resume=True)
+    for more, problem in ({}, "was cut after"), ({"resume": True}, "another layerwise"):
+        with pytest.raises(MoepruneError, match=problem):
+            recover(students["masked"], teacher, cut, "expert-kd", text, **more)
     with pytest.raises(MoepruneError, match="another student"):
         recover(students["dropped"], teacher, cut, chosen, text, resume=True)
     steps: list[int] = []

@@ -141,7 +141,8 @@ def _refuse_other_run(folder: StateFolder, header: Mapping[str, Any]) -> None:
         what = name
         if name == "training" and isinstance(saved.get(name), dict):
             before = saved["training"]
-            what = next((key for key in value if before.get(key) != value[key]), name)
+            keys = ("layerwise", *value)  # which decides about others
+            what = next((key for key in keys if before.get(key) != value[key]), name)
         raise MoepruneError(
             f"the run in {folder.path} had another {what.replace('_', '-')}",
             "give the same options, or begin again with --force",
