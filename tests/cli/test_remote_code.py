@@ -117,7 +117,11 @@ def commands(model: Path, small: tuple[str, ...], *trust: str) -> dict[str, list
         "apply": ["apply", model, "--plan", "plan.json", "--out", "smaller", *trust],
         "prune": ["prune", model, *deleting, "--out", "pruned", *trust],
         "evaluate": ["evaluate", model, "--teacher", model, *_windows(small), *trust],
-    }
+        "recover": [
+            "recover", "smaller", "--teacher", model, "--layerwise", "--out", "healed",
+            "--steps", "2", "--batch", "2", "--sequences", "12", "--length", "32", *trust,
+        ],
+    }  # fmt: skip
 
 
 def _windows(small: tuple[str, ...]) -> list[str]:
@@ -147,7 +151,9 @@ def test_unknown_models_are_refused_without_the_flag(
     run: Run, make: Make, marks: Callable[[], set[str]], small: tuple[str, ...], novices: Path
 ) -> None:
     model = make(strange=True)
-    for name, command in commands(model, small).items():
+    refused = commands(model, small)
+    del refused["recover"]  # whose student is what the others have not written
+    for name, command in refused.items():
         done = run(
             *[novices if part == "plan.json" and name == "apply" else part for part in command]
         )
@@ -174,6 +180,9 @@ def test_their_own_classes_are_used_with_the_flag(
             assert marks() >= {"modeling_strange"}
     code = {"modeling_strange", "tokenization_strange"}
     assert marks() == code | ({"configuration_strange"} if strange else set())
+    if strange:
+        done = run(*commands(model, small)["recover"], "--force")
+        assert done.code == 2 and "--trust-remote-code" in done.err
     # the class of the model makes all tokens equally likely
     windows = _windows(small)
     done = run("evaluate", "smaller", *windows, "--trust-remote-code", "--json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from moeprune import Budget
 from moeprune.core.method import make_method
 from moeprune.models.store import StatisticsStore
 from moeprune.pipeline import facts
+from moeprune.report import intervals, wording
 from running import Done, Run
 
 
@@ -57,12 +59,23 @@ def test_prune_writes_a_report_and_names_it(
     assert run("report", "less", "--force").code == 0
 
     # an evaluation that was made since
-    score = {"perplexity": 77.25}
-    evaluation = {"format": "moeprune.evaluation/1", "model": "less", "kl": 0.5, "agreement": None}
-    evaluation |= {"domains": {"english": score}}
-    (tmp_path / "less/evaluation.json").write_text(json.dumps(evaluation))
+    text = ("--sequences", "2", "--length", "64")
+    done = run("evaluate", "less", "--teacher", "demo", *text, "--json")
+    (tmp_path / "less/evaluation.json").write_text(done.out)
+    measured = json.loads(done.out)
     assert run("report", "less", "--force").code == 0
-    assert b"77.2" in page.read_bytes() and b"was not measured" not in page.read_bytes()
+    drawn = page.read_text(encoding="utf-8")
+    german, every = measured["domains"]["german"], measured["groups"]["all"]
+    assert wording.significant(german["perplexity"]) in drawn and "was not measured" not in drawn
+    assert wording.times(math.exp(german["against"]["loss"]["value"])) in drawn
+    assert intervals.bounds(every["against"]["kl"]) in drawn
+    assert wording.significant(every["kl"]) in drawn and every["against"]["verdict"] in drawn
+    alone = json.loads(run("evaluate", "demo", *text, "--json").out)["domains"]
+    derived = facts.measured_original("demo", [measured])["perplexity"]
+    assert derived == pytest.approx({d: score["perplexity"] for d, score in alone.items()})
+    other = {**measured, "data": {**measured["data"], "hash": "of another text"}}
+    assert facts.measured_original("demo", [measured, other]) == {}
+    assert facts.measured_original("olmoe", [measured]) == {"perplexity": {}}
     (tmp_path / "less/evaluation.json").unlink()
 
     (tmp_path / "less/moeprune_run.json").unlink()
@@ -81,9 +94,10 @@ def test_the_report_of_pieces_says_what_is_missing(
     shutil.copytree(stats, folder / "statistics")
     for file in (novices, novices.with_suffix(".safetensors")):
         shutil.copy(file, folder / file.name)
-    score = {"perplexity": 12.5, "against": {"loss": {"value": 0.5, "low": 0.25, "high": 0.75}}}
-    evaluation = {"format": "moeprune.evaluation/1", "model": "novices", "kl": 0.125}
-    evaluation |= {"domains": {"english": score}, "agreement": 0.5}
+    against = {"loss": {"value": 0.5, "low": 0.25, "high": 0.75}}
+    score = {"perplexity": 12.5, "loss": 2.525, "kl": 0.125, "agreement": 0.5, "against": against}
+    evaluation = {"format": "moeprune.evaluation/1", "model": "novices", "teacher": "demo"}
+    evaluation |= {"domains": {"english": score}, "groups": {"all": score}}
     (folder / "scores.json").write_text(json.dumps(evaluation))
     done = run("report", "half")
     assert done.code == 0 and done.out == "report: half/report.html\n"
@@ -113,6 +127,10 @@ def test_a_folder_that_is_no_run_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty/demo.json").write_text("{")
     refused(run("report", "empty"), "is damaged")
     refused(run("report", "empty", "--open", "maybe"), "yes or no")
+    strange = {"format": "moeprune.compare/1", "original": {}, "cells": []}
+    (tmp_path / "empty/compare.json").write_text(json.dumps(strange))
+    refused(run("report", "empty"), "compare.json is damaged")
+    (tmp_path / "empty/compare.json").unlink()
     assert [file.name for file in (tmp_path / "empty").iterdir()] == ["demo.json"]
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from families import save_tiny
 from moeprune.core.plan import LayerPlan
 from moeprune.models.card_metadata import hub_id, inherited, license_of
-from moeprune.models.card_text import BEGIN, END
+from moeprune.models.card_text import BEGIN, END, line
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.surgery import PROVENANCE, apply_plan
@@ -148,6 +148,7 @@ def test_names_cannot_break_out_of_their_place(tmp_path: Path) -> None:
     out = prune(directory, "masked", tmp_path / "out")
     text = card(out).text
     assert text.count(BEGIN) == 1 and "a'/b" in text
+    assert "<!--" not in line(BEGIN.replace("<!", "<!<!--"))  # nor by what is left of it
 
 
 def test_a_plan_of_nothing_has_a_card(original: Path, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,10 @@ from typer.testing import CliRunner
 from families import save_tiny
 from moeprune import load, recover, training, verify
 from moeprune.cli.app import app
-from moeprune.errors import MoepruneError
+from moeprune.errors import MoepruneError, OutputError
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.pipeline.inputs import Text
+from moeprune.recovery.layerwise import state
 from recovering import prune, with_tokenizer
 from support import tensor_digests, tree
 
@@ -66,7 +69,7 @@ def test_errors_fall_and_zeros_stay(
     assert not (tmp_path / "healed.recovery").exists()
 
 
-@pytest.mark.parametrize("kind", ["dropped", "uneven", "novices"])
+@pytest.mark.parametrize("kind", ["dropped", "uneven", "novices", "merged"])
 def test_every_kind_of_student_opens_as_before(
     students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path, kind: str
 ) -> None:
@@ -176,6 +179,9 @@ def test_killed_and_resumed_at_the_layer_where_it_was_cut(
         recover(students["masked"], teacher, cut, chosen, text)
     with pytest.raises(MoepruneError, match="another steps"):
         recover(students["masked"], teacher, cut, quick(target=target, steps=9), text, resume=True)
+    for more, problem in ({}, "was cut after"), ({"resume": True}, "another layerwise"):
+        with pytest.raises(MoepruneError, match=problem):
+            recover(students["masked"], teacher, cut, "expert-kd", text, **more)
     with pytest.raises(MoepruneError, match="another student"):
         recover(students["dropped"], teacher, cut, chosen, text, resume=True)
     steps: list[int] = []
@@ -214,9 +220,75 @@ def test_an_error_in_a_process_is_the_commands(
     assert not (tmp_path / "x").exists()
 
 
-def test_bfloat16(students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path) -> None:
-    made = recover(students["masked"], teacher, tmp_path / "x", quick(dtype="bfloat16"), text)
+@pytest.mark.parametrize("target", ["student-inputs", "dense-outputs"])
+def test_bfloat16(
+    students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path, target: str
+) -> None:
+    chosen = quick(dtype="bfloat16", target=target)
+    made = recover(students["masked"], teacher, tmp_path / "x", chosen, text)
     assert made.held is not None and made.held[1] < made.held[0]
+
+
+def test_without_held_out_text_the_last_weights_are_written(
+    students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path
+) -> None:
+    made = recover(students["dropped"], teacher, tmp_path / "x", quick(holdout=0.0), text)
+    assert made.held is None
+    assert {layer["best_step"] for layer in made.layers} == {QUICK["steps"]}
+    assert changed(students["dropped"], tmp_path / "x")
+
+
+def test_layers_of_nobody_knows_which_run_are_not_taken(
+    students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path
+) -> None:
+    """A state that was lost, and a layer that was cut while it was deleted."""
+    student, chosen, out = students["masked"], quick(steps=2), tmp_path / "cut"
+    recover(student, teacher, tmp_path / "whole", chosen, text)
+
+    def cut(status: Any) -> None:
+        if status.step == 3:
+            raise KeyboardInterrupt
+
+    def run(**more: Any) -> None:
+        recover(student, teacher, out, quick(steps=2, **more), text, force=True, listen=cut)
+
+    kept = tmp_path / "cut.recovery"
+    with pytest.raises(KeyboardInterrupt):
+        run(seed=5)
+    shutil.rmtree(kept / "state")
+    recover(student, teacher, out, chosen, text, resume=True)
+    assert tensor_digests(out) == tensor_digests(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    for file in (kept / "layer-00000").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(MoepruneError, match="layer-00000 is damaged"):
+        recover(student, teacher, out, chosen, text, resume=True, force=True)
+    assert tensor_digests(out) == tensor_digests(tmp_path / "whole")
+
+
+def test_a_full_disk_costs_a_layer_and_no_more(
+    students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    student, chosen, left = students["masked"], quick(steps=2), [1]
+    real = state.write_shards
+
+    def write(work: Path, pieces: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            return real(work, pieces)
+        (work / "half").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recover(student, teacher, tmp_path / "whole", chosen, text)
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "write_shards", write)
+        with pytest.raises(OutputError, match=r"disk full.*the state of 1 layer is kept"):
+            recover(student, teacher, tmp_path / "cut", chosen, text)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "cut.recovery"}
+    recover(student, teacher, tmp_path / "cut", chosen, text, resume=True)
+    assert tensor_digests(tmp_path / "cut") == tensor_digests(tmp_path / "whole")
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moeprune import load, recover, training, verify
 from moeprune.errors import MoepruneError
@@ -220,4 +221,6 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
     assert not out.exists()
     state = json.loads((tmp_path / "x.recovery" / "state" / "manifest.json").read_text())
     assert state["progress"]["step"] > 0
+    saved = load_file(tmp_path / "x.recovery" / "state" / "values.safetensors")
+    assert all(bool(value.isfinite().all()) for value in saved.values())
     assert tree(students["dropped"]) == before

@@ -14,7 +14,7 @@ from accelerate import DistributedType
 from families import save_tiny
 from moeprune import recover, training
 from moeprune.errors import MoepruneError
-from moeprune.pipeline.inputs import Text
+from moeprune.pipeline.inputs import Compute, Text
 from moeprune.recovery import trainer
 from recovering import prune, with_tokenizer
 from support import tree
@@ -63,6 +63,26 @@ def test_a_student_without_its_plan(
     with pytest.raises(MoepruneError, match=r"moeprune_plan\.json"):
         recover(student, teacher, tmp_path / "out", "full", text)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_no_device(
+    students: dict[str, Path], teacher: Path, text: Text, tmp_path: Path, layerwise: bool
+) -> None:
+    chosen = training("expert-kd", None, {"layerwise": layerwise})
+    with pytest.raises(MoepruneError, match="device 'abacus' cannot be used"):
+        recover(students["dropped"], teacher, tmp_path / "x", chosen, text, Compute("abacus"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_stands_where_the_run_would_be_kept(
+    teacher: Path, text: Text, tmp_path: Path
+) -> None:
+    student = prune(teacher, "dropped", tmp_path / "out.recovery")
+    before = tree(tmp_path)
+    with pytest.raises(MoepruneError, match="is the model itself"):
+        recover(student, teacher, tmp_path / "out", "full", text, force=True)
+    assert tree(tmp_path) == before
 
 
 def test_no_text(students: dict[str, Path], teacher: Path, tmp_path: Path) -> None:

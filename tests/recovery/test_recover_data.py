@@ -217,6 +217,9 @@ def test_bad_samples(students: dict[str, Path], teacher: Path, text: Text, tmp_p
     ):
         with pytest.raises(DataError, match=problem):
             recover(students["dropped"], master, tmp_path / "x", "full", Text(sources, 4, 16))
+    unknown = Text(("teacher-samples",), 4, 16, mix=(("english", 2.0),))
+    with pytest.raises(DataError, match="no text is called 'english'"):
+        recover(students["dropped"], teacher, tmp_path / "x", "full", unknown)
     with pytest.raises(DataError, match="for moeprune recover"):
         find_sources(("teacher-samples",), "calibration")
     assert not list(tmp_path.iterdir())

@@ -111,6 +111,7 @@ def test_without_a_teacher_and_as_an_adapter(
     chosen = training("lora", None, {**QUICK, "adapter": True})
     made = recover(students["dropped"], None, out, chosen, text)
     assert made.measure == "ce"
+    assert made.zeros == 0, "an adapter puts no zeros back"
     adapted = PeftModel.from_pretrained(
         load(students["dropped"]), out / "linear", adapter_name="linear"
     )

@@ -28,6 +28,8 @@ def test_the_defaults_are_recipes(how: str) -> None:
         ("full", None, {"train": ("heads",)}, "unknown group"),
         ("full", None, {"stepz": 3}, "unknown option"),
         ("full", None, {"steps": 0}, "--steps"),
+        ("full", None, {"patience": -1}, "--patience"),
+        ("full", None, {"evaluate_every": -1}, "--evaluate-every"),
         ("full", None, {"ce_weight": 0.0}, "no loss"),
         ("full", None, {"batch": 6, "accumulate": 4}, "cannot be cut"),
         ("full", None, {"learning_rate": math.nan}, "--learning-rate"),

@@ -223,14 +223,25 @@ def test_intervals_are_drawn_where_there_are_any() -> None:
     }  # fmt: skip
     score = {**loss, "value": 0.5, "difference": {**loss, "value": -0.25}, "verdict": "n too small"}
     run["rows"][1]["tasks"] = {"blimp": {**score, "metrics": {"acc": {"value": 0.5}}}}
-    run["rows"][1]["generation"] = {"loops": {"rate": 0.125}, "note": "x"}
+    cell = {"model": score, "teacher": {**loss, "value": 0.375}, "against": loss, "verdict": "so"}
+    run["rows"][1]["generation"] = {
+        "prompts": 10, "decodings": [{"name": "greedy", "measures": {"never_ended": cell}}],
+    }  # fmt: skip
+    run["rows"][1]["efficiency"] = {
+        "models": {"model": {"disk_bytes": 14e6}, "teacher": {"decode_tokens_per_second": 50}},
+        "machine": {"cores": 2},
+    }
+    run["rows"][1]["findings"] = ["code lost <more>"]
     page = render_report(run)
     words = Outline(page).words.replace("\N{NO-BREAK SPACE}", " ")
     assert " +0.031 [0.024, 0.038]" in words and "worse &lt;beyond&gt; chance" in page
     assert "0.0208 [0.024, 0.038]" in words and "[94.1, 96.1] %" in words
     assert "mone-25: lost <something>" in words and "holds no intervals" not in words
     assert "0.500 [0.0240, 0.0380] −0.25 [0.024, 0.038]" in words and "n too small" in page
-    assert "loops · rate" in words
+    assert "mone-25: code lost <more>" in words
+    never = "greedy · never-ended0.500 [0.0240, 0.0380] +0.031 [0.024, 0.038]0.375"
+    assert never in words and "original, beside mone-25" in words and 'title="so"' in page
+    assert "on disk14.0 MB– decode, tokens per second–50.0" in words and "machine" not in words
     assert intervals.interval({"value": None}) == "" and intervals.signed(None) == wording.NOTHING
 
 

@@ -78,3 +78,5 @@ def test_command(tmp_path: Path) -> None:
     done = run.invoke(app, [*asked, "--force", "--format", "rly"])
     assert isinstance(done.exception, PlanError) and "did you mean 'riy'" in str(done.exception)
     assert json.loads(out.read_text()) == GOLDEN["moeprune"]
+    done = run.invoke(app, [*asked, "--force", "--json"])
+    assert json.loads(done.stdout) == {"path": str(out), "profile": "moeprune"}

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moeprune.cli import output
-from moeprune.cli.options import Force
+from moeprune.cli.options import AsJson, Force
 
 
 def plan_export(
@@ -18,6 +18,7 @@ def plan_export(
         str, typer.Option("--format", help="moeprune, riy or ascend; see docs/serving.md.")
     ] = "moeprune",
     force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the kept experts of a plan for servers that prune while they load a checkpoint.
 
@@ -25,4 +26,8 @@ def plan_export(
     """
     from moeprune.pipeline.exporting import plan_export as export
 
-    output.OUT.print(f"written: {export(plan, out, profile, force)}", markup=False)
+    path = export(plan, out, profile, force)
+    if as_json:
+        output.print_json({"path": str(path), "profile": profile})
+    else:
+        output.OUT.print(f"written: {path}", markup=False, soft_wrap=True)

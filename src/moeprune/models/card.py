@@ -24,7 +24,7 @@ from moeprune.models.card_metadata import (
     license_of,
     metadata,
 )
-from moeprune.models.card_text import BEGIN, body
+from moeprune.models.card_text import BEGIN, body, trainings
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.native import GENERATED_MODULE
 
@@ -52,7 +52,7 @@ def write_card(
             shutil.copyfile(before, work / _free_name(work))
     base_card = next((f.name for f in sorted(work.glob("README.base*.md"))), None)
     known = _method(str(record.get("method")))
-    recovered = isinstance(record.get("recovered"), list) and bool(record["recovered"])
+    recovered = bool(trainings(record))
     tags = ["moe", "mixture-of-experts", "moeprune", "pruned", str(record.get("method"))]
     tags += ["recovered"] * recovered + arxiv_tags(known["source"])
     code = _own_code(work)

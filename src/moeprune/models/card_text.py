@@ -11,6 +11,7 @@ BEGIN, END = "<!-- moeprune: measured, begin -->", "<!-- moeprune: measured, end
 NOT_MEASURED = (
     "Not measured. `moeprune evaluate DIR --teacher ORIGINAL --card` measures it and writes here."
 )
+_LONGEST = 2000
 
 _STOCK = """\
 ```python
@@ -57,13 +58,16 @@ def body(
     """
     steps = _steps(record)
     original = _code(steps[0].get("base_name") or _name(record))
-    ways = ", then ".join(f"`{_line(step.get('method'))}`" for step in steps)
-    recovered = _recoveries(record)
+    ways = ", then ".join(
+        f"`{line(step.get('method'))}`" + ", trained again" * bool(step.get("recovered"))
+        for step in steps
+    )
+    recovered = bool(_mappings(record.get("recovered")))
     sections = {
-        "": f"{original} pruned by {ways}" + ", then trained again." * bool(recovered)
+        "": f"{original} pruned by {ways}" + ", then trained again." * recovered
         + "." * (not recovered) + _hub(head),
         "What was done": _done(plan, method, steps),
-        "Recovery": recovered,
+        "Recovery": _recoveries(record),
         "Size": _sizes(record, steps),
         "What was lost": f"{BEGIN}\n{NOT_MEASURED}\n{END}",
         "How to open it": _OWN if own_code else _STOCK,
@@ -86,6 +90,12 @@ def _steps(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _mappings(found: object) -> list[Mapping[str, Any]]:
     """What is of our form in a list of a record, which may come from a stranger."""
     return [x for x in found if isinstance(x, Mapping)] if isinstance(found, list) else []
+
+
+def trainings(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every recovery that a model went through, between its steps and after the last."""
+    rows = [*_mappings(record.get("steps")), record]
+    return [told for row in rows for told in _mappings(row.get("recovered"))]
 
 
 def _name(record: Mapping[str, Any]) -> str:
@@ -112,18 +122,18 @@ def _done(
         lines.append(f"- {len(steps)} steps; what follows is of the last.")
     budget = steps[-1].get("budget")
     if isinstance(budget, Mapping) and budget:
-        said = ", ".join(f"{k} {_line(v)}" for k, v in budget.items() if not isinstance(v, Mapping))
+        said = ", ".join(f"{k} {line(v)}" for k, v in budget.items() if not isinstance(v, Mapping))
         lines.append(f"- Asked for: {said}.")
     layers = plan.get("layers")
     entries = layers if isinstance(layers, Mapping) else {}
     lines += [f"- {text}" for text in _edits(entries.values())]
     if plan.get("drop_layers"):
-        lines.append(f"- Decoder layers removed: {_line(plan['drop_layers'])}.")
+        lines.append(f"- Decoder layers removed: {line(plan['drop_layers'])}.")
     data = steps[-1].get("statistics")
     read = data.get("data") if isinstance(data, Mapping) else None
     lines.append(f"- Calibration text: {_text(read)}")
     for warning in plan.get("warnings") or ():
-        lines.append(f"- Warning: {_line(warning)}.")
+        lines.append(f"- Warning: {line(warning)}.")
     return "\n".join(lines)
 
 
@@ -163,23 +173,27 @@ def _text(read: Any) -> str:
     if not isinstance(read, Mapping) or "tokens" not in read:
         return "none; the method reads weights only."
     domains = read.get("domains")
-    names = ", ".join(map(_line, domains)) if isinstance(domains, Mapping) else "unknown"
+    names = ", ".join(map(line, domains)) if isinstance(domains, Mapping) else "unknown"
     return (
-        f"{_line(read['tokens'])} tokens in {_line(read.get('sequences'))} sequences of "
-        f"{_line(read.get('length'))} ({names}); SHA-256 of the tokens `{_line(read.get('hash'))}`."
+        f"{line(read['tokens'])} tokens in {line(read.get('sequences'))} sequences of "
+        f"{line(read.get('length'))} ({names}); SHA-256 of the tokens `{line(read.get('hash'))}`."
     )
 
 
 def _recoveries(record: Mapping[str, Any]) -> str:
     lines = []
-    for told in _mappings(record.get("recovered")):
+    for told in trainings(record):
         held = told.get("held")
         gain = ""
         if isinstance(held, list) and len(held) == 2 and all(isinstance(x, float) for x in held):
-            gain = f"; held-out {_line(told.get('measure'))} {held[0]:.4f} → {held[1]:.4f}"
+            gain = f"; held-out {line(told.get('measure'))} {held[0]:.4f} → {held[1]:.4f}"
+        layers = told.get("layers")
+        form = f"weights of step {line(told.get('best_step'))}"
+        if isinstance(layers, list) and layers:
+            form = f"in {len(layers)} layers, one after another"
         lines.append(
-            f"- `{_line(told.get('how'))}`, teacher {_code(told.get('teacher'))}, "
-            f"{_line(told.get('steps'))} steps, weights of step {_line(told.get('best_step'))}"
+            f"- `{line(told.get('how'))}`, teacher {_code(told.get('teacher'))}, "
+            f"{line(told.get('steps'))} steps, {form}"
             f"{gain}. Text: {_text(told.get('data'))}"
         )
     return "\n".join(lines)
@@ -195,11 +209,11 @@ def _sizes(record: Mapping[str, Any], steps: list[Mapping[str, Any]]) -> str:
     ):
         before, after = steps[0].get(key), record.get(key)
         if isinstance(before, list) and isinstance(after, list) and len(before) == len(after) == 2:
-            rows.append(f"| {name} | {_number(before[0])} | {_number(after[1])} |")
+            rows.append(f"| {name} | {count(before[0])} | {count(after[1])} |")
     return "\n".join(rows)
 
 
-def _limits(record: Mapping[str, Any], plan: Mapping[str, Any], recovered: str) -> str:
+def _limits(record: Mapping[str, Any], plan: Mapping[str, Any], recovered: bool) -> str:
     lines = [
         "- What the original was bad at, this is not better at; its limits and biases remain.",
     ]
@@ -238,16 +252,16 @@ def _origin(record: Mapping[str, Any], steps: list[Mapping[str, Any]]) -> str:
     for number, step in enumerate(steps, start=1):
         lead = f"Step {number}: " if len(steps) > 1 else ""
         lines += [
-            f"- {lead}from a model of fingerprint `{_line(step.get('base_fingerprint'))}`, "
-            f"plan of SHA-256 `{_line(step.get('plan_sha256'))}`, seed {_line(step.get('seed'))}.",
+            f"- {lead}from a model of fingerprint `{line(step.get('base_fingerprint'))}`, "
+            f"plan of SHA-256 `{line(step.get('plan_sha256'))}`, seed {line(step.get('seed'))}.",
         ]
         if step.get("command"):
-            lines.append(f"  Again: `{_line(step['command'], 2000)}`")
-    for told in _mappings(record.get("recovered")):
-        lines.append(f"- Recovery again: `{_line(recover_command(told), 2000)}`")
+            lines.append(f"  Again: {_command(str(step['command']))}")
+    for told in trainings(record):
+        lines.append(f"- Recovery again: {_command(recover_command(told))}")
     versions = record.get("versions")
     if isinstance(versions, Mapping):
-        said = ", ".join(f"{_line(name)} {_line(value)}" for name, value in versions.items())
+        said = ", ".join(f"{line(name)} {line(value)}" for name, value in versions.items())
         lines.append(f"- Versions: {said}.")
     lines.append(
         "- The whole record is `moeprune.json`, the decision for every expert `moeprune_plan.json`."
@@ -255,15 +269,22 @@ def _origin(record: Mapping[str, Any], steps: list[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: object) -> str:
-    return f"{value:,}".replace(",", " ") if isinstance(value, int) else _line(value)
+def _command(command: str) -> str:
+    """A command as a code span; one that a span cannot hold whole is no command any more."""
+    shown = line(command, _LONGEST)
+    return f"`{shown}`" if shown == command else "the command does not fit here."
 
 
-def _line(value: object, longest: int = 200) -> str:
-    """Anything as one line that cannot end a table cell, a code span or the card's marks."""
+def count(value: object) -> str:
+    """An integer in groups of three digits."""
+    return f"{value:,}".replace(",", " ") if isinstance(value, int) else line(value)
+
+
+def line(value: object, longest: int = 200) -> str:
+    """Anything as one line that cannot end a table cell, a code span or be one of the marks."""
     text = "".join(c if c.isprintable() else " " for c in str(value))[:longest]
-    return text.replace("|", "/").replace("`", "'").replace("<!--", "")
+    return text.replace("|", "/").replace("`", "'").replace("<!", "< !")
 
 
 def _code(value: object) -> str:
-    return f"`{_line(value)}`"
+    return f"`{line(value)}`"

@@ -33,6 +33,8 @@ _MAX_NAME = 1000
 _MAX_AXES = 64  # the limit of torch
 REPORT_FILES = ("report.html", "moeprune_run.json")
 """The page of the run that made a checkpoint, and its data."""
+OF_THIS_ONE = ("evaluation.json", "moeprune_recovery.jsonl")
+"""Measurements and logs beside a checkpoint, which are not true of what is made from it."""
 
 _FOREIGN = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".h5", ".msgpack",
@@ -283,7 +285,7 @@ class Checkpoint:
     def other_files(self) -> list[Path]:
         """Files that are neither weights nor config: tokenizer, card, code.
 
-        The report of the run that made the checkpoint is not of what is made from it.
+        Reports, measurements and logs of the checkpoint are not of what is made from it.
 
         Raises:
             CheckpointError: one is a link out of the directory: a copy of what it leads to could
@@ -294,7 +296,7 @@ class Checkpoint:
         for file in sorted(self.path.iterdir()):
             if not file.is_file() or file in weights or file.suffix in _FOREIGN:
                 continue
-            if file.name in REPORT_FILES:
+            if file.name in (*REPORT_FILES, *OF_THIS_ONE):
                 continue
             if file.name.endswith(".index.json"):
                 continue  # of weights in another format

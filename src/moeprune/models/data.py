@@ -277,6 +277,7 @@ def draw(
 
 def batches(domains: Sequence[Domain], seed: int = 0) -> list[Batch]:
     """Batches of ``TOKENS_PER_BATCH`` tokens or one sequence; ``seed`` is that of the sample."""
+    domains = [domain for domain in domains if len(domain.ids_NL)]
     if not domains:
         return []
     ids_NL = torch.cat([domain.ids_NL for domain in domains])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moeprune.core.method import make_method
 from moeprune.core.plan import Plan
 from moeprune.errors import MoepruneError
 from moeprune.models.attached import KEEP_PRUNED
-from moeprune.models.data import demo_text
+from moeprune.models.data import demo_text, shares
 from moeprune.models.editing import Writing
 
 OUT = "OUT"
@@ -26,8 +26,9 @@ def repeat_command(plan: Plan, writing: Writing = Writing()) -> str:
     """
     words = ["moeprune", "prune", str(plan.model.get("name", "MODEL")), "--method", plan.method]
     words += _budget(plan.budget)
+    known = _defaults(plan.method)
     for name, value in sorted(plan.options.items()):
-        if value != _defaults(plan.method).get(name, value is None):
+        if value is not None if name not in known else value != known[name]:
             words += ["-o", f"{name}={_spelled(value)}"]
     words += text_words(plan.statistics.get("data"))
     words += ["--seed", str(plan.seed)] if plan.seed else []
@@ -58,21 +59,40 @@ def recover_command(told: Mapping[str, Any]) -> str:
         if value is True:
             words.append(flag)
         else:
-            words += [flag, ",".join(value) if isinstance(value, (list, tuple)) else str(value)]
+            words += [flag, _listed(value)]
     return shlex.join([*words, "--out", OUT])
 
 
+def _listed(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def text_words(data: Any) -> list[str]:
-    """The options that choose calibration text; none where nothing was read."""
+    """The options that choose calibration text; none where nothing was read.
+
+    The embedded text needs no ``--data``. Where domains did not give equally, be it by weights or
+    because one was short, their numbers of sequences are the weights that draw the same again.
+    """
     if not isinstance(data, Mapping) or "sequences" not in data:
         return []
-    domains = data.get("domains")
-    names = list(domains) if isinstance(domains, Mapping) else []
+    domains, total = data.get("domains"), data["sequences"]
+    read = dict(domains) if isinstance(domains, Mapping) else {}
+    embedded, mix = demo_text("calibration"), data.get("mix")
+    plain = read in ({}, _equally(embedded, total), _equally(read, total))
     words: list[str] = []
-    if set(names) != set(demo_text("calibration")):
-        for name in names:
-            words += ["--data", f"{name}=FILE"]
-    return [*words, "--sequences", str(data["sequences"]), "--length", str(data.get("length"))]
+    if read != _equally(embedded, total) and set(read) != set(embedded):
+        words = [word for name in read for word in ("--data", f"{name}=FILE")]
+    weights = mix if isinstance(mix, Mapping) else {} if plain else read
+    if weights:
+        words += ["--mix", ",".join(f"{name}={weight}" for name, weight in weights.items())]
+    return [*words, "--sequences", str(total), "--length", str(data.get("length"))]
+
+
+def _equally(names: Iterable[str], total: Any) -> dict[str, int]:
+    """What is read of each domain if nothing else is said."""
+    found = list(names)
+    counts = shares(found, total, {}) if found and isinstance(total, int) else []
+    return {name: count for name, count in zip(found, counts, strict=False) if count}
 
 
 def _defaults(method: str) -> dict[str, Any]:

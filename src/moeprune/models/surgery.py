@@ -203,7 +203,9 @@ def steps_of(directory: Path) -> list[dict[str, Any]]:
         return []
     if not isinstance(found, dict) or found.get("format") != PROVENANCE_FORMAT:
         return []
-    steps = found.get("steps")
-    if isinstance(steps, list) and all(isinstance(step, dict) for step in steps):
-        return steps
-    return [step_of(found)]
+    steps, trained = found.get("steps"), found.get("recovered")
+    if not (isinstance(steps, list) and steps and all(isinstance(step, dict) for step in steps)):
+        steps = [step_of(found)]
+    if isinstance(trained, list) and trained:  # since the last step
+        steps = [*steps[:-1], {**steps[-1], "recovered": trained}]
+    return steps

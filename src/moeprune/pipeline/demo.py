@@ -11,8 +11,7 @@ from typing import Any
 from moeprune.core.accumulators import LIGHT
 from moeprune.core.budget import Budget
 from moeprune.core.plan import Plan
-from moeprune.evaluation.perplexity import Evaluation
-from moeprune.evaluation.summary import against, summary
+from moeprune.evaluation.summary import summary
 from moeprune.files import json_bytes, new_directory, refuse_existing
 from moeprune.models.checkpoint import DEMO, Checkpoint
 from moeprune.models.data import describe, load_tokenizer
@@ -68,6 +67,7 @@ class _Done:
     sizes: Sizes
     seconds: dict[str, float]
     peak: int | None
+    measured: dict[str, Any] = field(default_factory=dict)
 
 
 def demo(
@@ -97,8 +97,8 @@ def demo(
         done = {_ORIGINAL: _original()}
         for cell in cells:
             done[cell.name] = _compress(cell, work, compute, progress)
-        scores = _measure(done, work, heldout, compute, progress)
-        rows = [_row(name, one, scores, out) for name, one in done.items()]
+        _measure(done, work, heldout, compute, progress)
+        rows = [_row(name, one, out) for name, one in done.items()]
         result = {
             "format": "moeprune.run/1",
             "command": command,
@@ -153,19 +153,21 @@ def _compress(cell: Cell, work: Path, compute: Compute, progress: Progress) -> _
 
 def _measure(
     done: dict[str, _Done], work: Path, heldout: Text, compute: Compute, progress: Progress
-) -> dict[str, Evaluation]:
+) -> None:
     """All models on the same held-out windows."""
     models = _open(done, work, compute)
     domains = read_heldout(Checkpoint.open(DEMO), heldout)
     scores = measure(models, domains, _ORIGINAL, compute, progress)
     for name, evaluation in scores.items():
-        done[name].seconds["evaluate"] = evaluation.seconds
-        if name != _ORIGINAL:
-            dtype = str(models[name].dtype).removeprefix("torch.")
-            told = {"teacher": DEMO, "dtype": dtype, "data": describe(domains)}
-            both = (evaluation, scores[_ORIGINAL])
-            write_measured(work / name, told | summary(*both, seen_domains(work / name)))
-    return scores
+        one = done[name]
+        one.seconds["evaluate"] = evaluation.seconds
+        if name == _ORIGINAL:
+            one.measured = summary(evaluation)
+            continue
+        dtype = str(models[name].dtype).removeprefix("torch.")
+        one.measured = {"teacher": DEMO, "dtype": dtype, "data": describe(domains)}
+        one.measured |= summary(evaluation, scores[_ORIGINAL], seen_domains(work / name))
+        write_measured(work / name, one.measured)
 
 
 def _atlas(
@@ -196,9 +198,7 @@ def _model_facts() -> dict[str, Any]:
     return {"name": DEMO, **{key: found[key] for key in (*keys, "fingerprint")}}
 
 
-def _row(name: str, done: _Done, scores: Mapping[str, Evaluation], out: Path) -> dict[str, Any]:
-    evaluation = scores[name]
-    total = evaluation.total().to_json()
+def _row(name: str, done: _Done, out: Path) -> dict[str, Any]:
     plan = done.plan
     return {
         "name": name,
@@ -210,13 +210,7 @@ def _row(name: str, done: _Done, scores: Mapping[str, Evaluation], out: Path) ->
         "parameters": done.sizes.parameters[1],
         "nonzero_parameters": done.sizes.nonzero[1],
         "bytes": done.sizes.bytes[1],
-        "perplexity": {
-            domain: score.to_json()["perplexity"] for domain, score in evaluation.domains.items()
-        },
-        "loss": total["loss"],
-        "kl": total["kl"],
-        "agreement": total["agreement"],
-        **({"against": against(evaluation, scores[_ORIGINAL])} if name != _ORIGINAL else {}),
+        **facts.measured(done.measured),
         "seconds": {key: round(value, 3) for key, value in done.seconds.items()},
         "peak_memory_bytes": done.peak,
         "path": None if plan is None else str(out / name),

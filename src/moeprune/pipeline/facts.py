@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from moeprune.core.accumulators import Routing
 from moeprune.core.layer_plan import LayerPlan
 from moeprune.core.plan import Plan
 from moeprune.errors import PlanError
+from moeprune.evaluation.summary import ALL
 from moeprune.models.store import StatisticsStore
+
+_SECTIONS = ("findings", "tasks", "generation", "efficiency")
+_LARGEST = 700.0  # its exp is the largest power of ten that a float holds
 
 
 def usage(store: StatisticsStore) -> dict[str, list[float]]:
@@ -78,14 +83,55 @@ def measured(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
     """What an evaluation (``moeprune.evaluation/1``) says in a row; nothing without one."""
     if not evaluation:
         return {}
-    domains = evaluation.get("domains") or {}
-    against = {d: s["against"] for d, s in domains.items() if isinstance(s.get("against"), dict)}
+    domains, every = _domains(evaluation), _table(_table(evaluation.get("groups")).get(ALL))
+    against = {**domains, ALL: every}
+    against = {name: _table(score.get("against")) for name, score in against.items()}
+    against = {name: pair for name, pair in against.items() if pair}
     return {
         "perplexity": {name: score.get("perplexity") for name, score in domains.items()},
-        **{key: evaluation.get(key) for key in ("loss", "kl", "agreement")},
+        **{key: every.get(key) for key in ("loss", "kl", "agreement")},
         **({"against": against} if against else {}),
-        **{k: evaluation[k] for k in ("tasks", "generation", "efficiency") if k in evaluation},
+        **{key: evaluation[key] for key in _SECTIONS if evaluation.get(key)},
     }
+
+
+def measured_original(name: str, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The original in a row: its own evaluation, or its perplexity from others' beside it.
+
+    That is exp(loss - d), d the mean difference of a loss from the original's over the same tokens.
+    Nothing where the evaluations are not ``of_one_text``: no ratio could be made of them.
+
+    Args:
+        name: the original's; other teachers are no original.
+        evaluations: all that rows are measured by.
+    """
+    if not of_one_text(evaluations):
+        return {}
+    own = next((one for one in evaluations if one.get("model") == name), None)
+    if own is not None:
+        return measured(own)
+    beside = next((one for one in evaluations if one.get("teacher") == name), {})
+    found = {}
+    for domain, score in _domains(beside).items():
+        gap = _table(_table(score.get("against")).get("loss")).get("value")
+        loss = score.get("loss")
+        if isinstance(gap, float) and isinstance(loss, float) and loss - gap < _LARGEST:
+            found[domain] = math.exp(loss - gap)
+    return {"perplexity": found}
+
+
+def of_one_text(evaluations: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether evaluations read the same tokens in the same dtype."""
+    return len({f"{_table(e.get('data')).get('hash')} {e.get('dtype')}" for e in evaluations}) == 1
+
+
+def _domains(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {str(d): _table(score) for d, score in _table(evaluation.get("domains")).items()}
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    """A part of somebody's file, if it is of our form."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _merged(layer: LayerPlan) -> dict[str, list[int]]:

@@ -23,6 +23,10 @@ from moeprune.pipeline.atlas import atlas
 EVALUATION = "moeprune.evaluation/1"
 _MAX = 1 << 26
 _MOST = 64  # files and folders that are looked into
+_WHOLE = {
+    "method": str, "options": dict, "budget": dict, "seed": int, "model": dict, "warnings": list,
+    "versions": dict,
+}  # fmt: skip
 _WHAT = "give what demo, prune, compare or run wrote, or a folder with plans and statistics"
 
 
@@ -44,7 +48,10 @@ def gather(folder: Path) -> tuple[dict[str, Any], list[str]]:
         MoepruneError: it holds neither a plan nor statistics.
     """
     found = _Found()
-    for place in [folder, *sorted(p for p in folder.iterdir() if p.is_dir())][:_MOST]:
+    places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
+    if len(places) > _MOST:
+        found.wrong.append(f"{len(places) - _MOST} folders were not looked into")
+    for place in places[:_MOST]:
         for file, data in _documents(place):
             try:
                 _sort(file, data, found)
@@ -61,6 +68,12 @@ def gather(folder: Path) -> tuple[dict[str, Any], list[str]]:
         (s for s in found.stores if s.manifest["model"]["fingerprint"] == base["fingerprint"]), None
     )
     missing = [*found.wrong, *_missing(rows, store)]
+    used = _used(base, found)
+    if used and not facts.of_one_text(used):
+        missing.append(
+            "evaluations are of different texts or dtypes: their perplexities cannot be compared "
+            "(moeprune evaluate with the same --data and --dtype)"
+        )
     result: dict[str, Any] = {
         "format": "moeprune.run/1",
         "command": f"moeprune report {folder}",
@@ -104,10 +117,9 @@ def _sort(file: Path, data: dict[str, Any], found: _Found) -> None:
         copy = file.name == PLAN_COPY
         layers = facts.layers_of(data) if copy else facts.plan_facts(read_plan(file))
         label = file.parent.resolve().name if copy else file.name.removesuffix(".json")
-        keys = ("method", "options", "budget", "seed", "model", "warnings", "versions")
-        if any(key not in data for key in keys):
+        if not all(isinstance(data.get(key), kind) for key, kind in _WHOLE.items()):
             raise MoepruneError("the plan is not whole")
-        plan = {key: data[key] for key in keys}
+        plan = {key: data[key] for key in _WHOLE}
         plan |= {"label": label.removesuffix(".plan"), "layers": layers}
         # a plan and its copies decide the same: the first one found stands for all
         decision = (plan["method"], plan["budget"], plan["options"], plan["model"], data["layers"])
@@ -130,6 +142,12 @@ def _made(key: str, found: _Found) -> dict[str, Any]:
     return found.checkpoints.get(f"made {path}", {})
 
 
+def _sizes(made: Mapping[str, Any], name: str) -> list[Any]:
+    """Before and after, as far as it is known."""
+    pair = made.get(name)
+    return pair if isinstance(pair, list) and len(pair) == 2 else [None, None]
+
+
 def _base(found: _Found) -> dict[str, Any]:
     """The model that it began with, as far as plans, statistics and checkpoints know it."""
     made = next((m for key in found.plans if (m := _made(key, found))), {})
@@ -139,15 +157,25 @@ def _base(found: _Found) -> dict[str, Any]:
     try:
         return {
             **{key: models[0][key] for key in keys},
-            "parameters": (made.get("parameters") or [None])[0],
-            "bytes": (made.get("tensor_bytes") or [None])[0],
+            "parameters": _sizes(made, "parameters")[0],
+            "bytes": _sizes(made, "tensor_bytes")[0],
         }
     except (KeyError, TypeError, LookupError) as error:
         raise MoepruneError(f"the run does not say which model it is of: {error}", _WHAT) from error
 
 
-def _evaluation(name: str, found: _Found) -> dict[str, Any]:
-    return next((e for e in found.evaluations if e.get("model") == name), {})
+def _evaluation(key: str, found: _Found) -> dict[str, Any]:
+    """Of the checkpoint of a plan, which may have another name than the plan."""
+    path = found.checkpoints.get(key, {}).get("path")
+    names = [] if path is None else [Path(path).resolve().name]
+    names.append(found.plans[key]["label"])
+    return next((e for name in names for e in found.evaluations if e.get("model") == name), {})
+
+
+def _used(base: Mapping[str, Any], found: _Found) -> list[dict[str, Any]]:
+    """The evaluations of all rows."""
+    own = [one for one in found.evaluations if one.get("model") == base["name"]]
+    return [*own[:1], *(one for key in found.plans if (one := _evaluation(key, found)))]
 
 
 def _row(key: str, plan: dict[str, Any], found: _Found, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,23 +183,20 @@ def _row(key: str, plan: dict[str, Any], found: _Found, base: Mapping[str, Any])
     total = len(base["moe_layers"]) * base["experts"]
     kept = sum(len(entry["keep"]) for entry in plan["layers"].values())
 
-    def after(name: str) -> Any:
-        return (made.get(name) or [None, None])[-1]
-
     return {
         "name": plan["label"],
         **{name: plan[name] for name in ("method", "budget", "options", "seed")},
-        "experts": after("experts") if made else kept,
+        "experts": _sizes(made, "experts")[1] if made else kept,
         "experts_before": total,
-        "parameters": after("parameters"),
-        "nonzero_parameters": after("nonzero_parameters"),
-        "bytes": after("tensor_bytes"),
+        "parameters": _sizes(made, "parameters")[1],
+        "nonzero_parameters": _sizes(made, "nonzero_parameters")[1],
+        "bytes": _sizes(made, "tensor_bytes")[1],
         "perplexity": {},
         "seconds": {},
         "path": found.checkpoints.get(key, {}).get("path"),
         "warnings": list(plan["warnings"]),
         "plan": plan["layers"],
-        **facts.measured(_evaluation(plan["label"], found)),
+        **facts.measured(_evaluation(key, found)),
     }
 
 
@@ -187,7 +212,7 @@ def _original(base: Mapping[str, Any], found: _Found) -> dict[str, Any]:
         "bytes": base["bytes"],
         "perplexity": {},
         "seconds": {},
-        **facts.measured(_evaluation(base["name"], found)),
+        **facts.measured_original(base["name"], _used(base, found)),
     }
 
 

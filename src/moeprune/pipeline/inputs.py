@@ -76,6 +76,14 @@ class Compute:
             raise MoepruneError(f"unknown dtype {self.dtype!r}", f"auto, {', '.join(DTYPES)}")
         if self.workers < 0:
             raise MoepruneError(f"--workers must be at least 0 (got {self.workers})")
+        return LayeredModel(checkpoint, DTYPES.get(self.dtype), self.usable_device())
+
+    def usable_device(self) -> torch.device:
+        """The device, which has been tried.
+
+        Raises:
+            MoepruneError: no such device.
+        """
         try:
             device = torch.device(self.device)
             torch.zeros(1, device=device).item()
@@ -83,7 +91,7 @@ class Compute:
             raise MoepruneError(
                 f"device {self.device!r} cannot be used", "use --device cpu"
             ) from error
-        return LayeredModel(checkpoint, DTYPES.get(self.dtype), device)
+        return device
 
 
 def describe_model(model: LayeredModel, name: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from moeprune.errors import MoepruneError
@@ -46,6 +45,7 @@ def recover_layers(
     Raises:
         MoepruneError: anything the user can mend; the output is there whole or not at all.
     """
+    device = compute.usable_device()
     # the other processes wait for the one with the slowest layers
     state = PartialState(cpu=compute.device == "cpu", timeout=_LONGEST)
     _refuse_processes(made, processes, state.num_processes)
@@ -56,7 +56,7 @@ def recover_layers(
     student, master = run.student, run.master
     assert master is not None, "all that train layer by layer learn from a teacher"
     check_teacher(student, master, same_layers=True)
-    device = state.device if compute.device == "cpu" else torch.device(compute.device)
+    device = state.device if compute.device == "cpu" else device
     train, held = split(run.domains, made.holdout)
     work = Work(student, master, made, folder, device, train, held)
     healer = Healer(student, master, made, folder, device)  # refuses before anything is kept

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moeprune.errors import MoepruneError
 from moeprune.pipeline.inputs import Compute, Progress, Source, Text
 from moeprune.pipeline.inputs import silent as quiet
@@ -123,11 +121,12 @@ def recover(
             "add --layerwise --target dense-inputs, or use accelerate launch",
         )
     folder = StateFolder(out)
+    device = compute.usable_device()
     accelerator = open_accelerator(compute.device == "cpu", made)
     run = open_run(
         source, teacher, out, made, text, compute, folder, resume, force, accelerator, progress
     )
-    device = accelerator.device if compute.device == "cpu" else torch.device(compute.device)
+    device = accelerator.device if compute.device == "cpu" else device
     with ExitStack() as stack:
         session = Session(run.student, run.master, made, device, stack)
         done = session.train(run.domains, folder, run.header, resume, accelerator, listen)
@@ -168,7 +167,7 @@ def _result(session: Session, out: Path, done: Run) -> Recovered:
         lam=done.lam,
         gradients=done.norms,
         changed={group: (n[0], n[1]) for group, n in changed.items()},
-        zeros=session.zeros.count,
+        zeros=0 if session.training.adapter else session.zeros.count,
         seconds=round(done.seconds, 3),
         ended=done.ended,
     )

@@ -92,9 +92,11 @@ def open_run(
         MoepruneError: anything the user can mend.
     """
     _refuse_output(out, folder, resume, force)
+    processes.wait_for_everyone()  # nobody writes what another one takes for a run that was cut
     student = _student(source, out, compute)
+    refuse_source(student, folder.path)
     record = provenance(student)
-    master = _teacher(student, teacher, out, made, compute)
+    master = _teacher(student, teacher, out, folder, made, compute)
     kind, writes = replace(compute, dtype=made.dtype), processes.is_main_process
     text = with_samples(text, student, master, folder, kind, writes, progress)
     processes.wait_for_everyone()
@@ -106,17 +108,18 @@ def open_run(
         "data": facts["hash"],
         "training": made.to_json(),
     }
-    if resume:
+    if resume and folder.numbers() is not None:
         _refuse_other_run(folder, header)
     elif writes:
-        folder.clear()
+        with folder.writing():
+            folder.clear()  # what stands there without a state is of nobody knows which run
     processes.wait_for_everyone()
     told = {
         "how": made.how,
         "after_steps": len(steps_of(student.path)),
         "teacher": None if teacher is None else model_name(teacher),
         "teacher_fingerprint": header["teacher"],
-        "data": {**facts, "seed": text.seed},
+        "data": {**facts, "seed": text.seed, **({"mix": dict(text.mix)} if text.mix else {})},
         "options": made.to_json(),
     }
     return Opened(student, master, record, domains, header, told)
@@ -133,14 +136,15 @@ def _refuse_output(out: Path, folder: StateFolder, resume: bool, force: bool) ->
 
 def _refuse_other_run(folder: StateFolder, header: Mapping[str, Any]) -> None:
     saved = folder.numbers()
-    if saved is None:
-        return
+    assert saved is not None
     for name, value in header.items():
         if saved.get(name) == value:
             continue
         what = name
         if name == "training" and isinstance(saved.get(name), dict):
-            what = next(key for key in value if saved["training"].get(key) != value[key])
+            before = saved["training"]
+            keys = ("layerwise", *value)  # which decides about others
+            what = next((key for key in keys if before.get(key) != value[key]), name)
         raise MoepruneError(
             f"the run in {folder.path} had another {what.replace('_', '-')}",
             "give the same options, or begin again with --force",
@@ -160,14 +164,20 @@ def _student(source: Source, out: Path, compute: Compute) -> Checkpoint:
 
 
 def _teacher(
-    student: Checkpoint, teacher: Source | None, out: Path, made: Training, compute: Compute
+    student: Checkpoint,
+    teacher: Source | None,
+    out: Path,
+    folder: StateFolder,
+    made: Training,
+    compute: Compute,
 ) -> Checkpoint | None:
     if teacher is None:
         if made.how == "expert-kd" or made.kl_weight:
             raise MoepruneError(f"{made.how} learns from a teacher", "give --teacher MODEL")
         return None
     master = Checkpoint.open(teacher, compute.trust_remote_code)
-    refuse_source(master, out)
+    for place in (out, folder.path):
+        refuse_source(master, place)
     layers_matter = made.layerwise or made.how == "expert-kd" or not made_from(student, master)
     check_teacher(student, master, same_layers=layers_matter)
     return master

@@ -70,12 +70,16 @@ def _drawn(folder: Path) -> tuple[str, list[str], str]:
     """The page, what is missing, and the name that it has by default."""
     if (folder / COMPARE_RESULT).is_file():
         result = _read(folder / COMPARE_RESULT, COMPARE)
-        missing = _unfinished(result)
         if result.get("original") is None:
             raise MoepruneError(
                 f"{folder} has measured nothing yet", "run the same moeprune compare again"
             )
-        return compare_page(folder, result)[0], missing, COMPARE_PAGE
+        try:
+            return compare_page(folder, result)[0], _unfinished(result), COMPARE_PAGE
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise MoepruneError(
+                f"{folder / COMPARE_RESULT} is damaged: {error!r}", "make the run again"
+            ) from error
     for name in _RESULTS:
         if (folder / name).is_file():
             result = _read(folder / name, FORMAT)
@@ -99,14 +103,21 @@ def _completed(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     rows = result.get("rows")
     if not isinstance(rows, list):
         return result
+    if any(not isinstance(row, dict) or row.get("perplexity") for row in rows):
+        return result  # damaged, or measured by the run itself: other text is not mixed with it
     found = {str(one.get("model")): one for one in evaluations(folder)}
-    filled = []
-    for row in rows:
-        unmeasured = isinstance(row, dict) and not row.get("perplexity")
-        filled.append(row | facts.measured(found.get(str(row.get("name")))) if unmeasured else row)
-    told = result.get("warnings") or []
-    if filled != rows:
-        told = [text for text in told if text != UNMEASURED]
+    model = result.get("model")
+    base = str(model.get("name")) if isinstance(model, dict) else ""
+    used = [found[str(row.get("name"))] for row in rows if str(row.get("name")) in found]
+    if not used:
+        return result
+    filled = [
+        row | facts.measured(found.get(str(row.get("name"))))
+        if row.get("method") is not None
+        else row | facts.measured_original(base, used)
+        for row in rows
+    ]
+    told = [text for text in result.get("warnings") or [] if text != UNMEASURED]
     return {**result, "rows": filled, "warnings": told}
 
 
@@ -182,7 +193,10 @@ class Witness:
             "command": self.command,
             "model": base,
             **self._observed,
-            "rows": [original, _row(out, steps, names) | facts.measured(measured)],
+            "rows": [
+                original | facts.measured_original(base["name"], [measured] if measured else []),
+                _row(out, steps, names) | facts.measured(measured),
+            ],
             "warnings": [] if measured else [UNMEASURED],
             "versions": dict(last.plan.versions),
             "seconds": round(time.perf_counter() - self._began, 2),

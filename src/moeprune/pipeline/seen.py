@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moeprune.files import load_json
-from moeprune.models.surgery import PROVENANCE, steps_of
-
-_MOST = 1 << 24
+from moeprune.models.surgery import steps_of
 
 
 def seen_domains(directory: Path) -> frozenset[str] | None:
@@ -16,13 +13,11 @@ def seen_domains(directory: Path) -> frozenset[str] | None:
 
     It is somebody's file: what is not of our form is passed over.
     """
-    used = [step.get("statistics") for step in steps_of(directory)]
-    try:
-        record = load_json(directory / PROVENANCE, _MOST)
-    except (OSError, ValueError):
-        record = None
-    recovered = record.get("recovered") if isinstance(record, dict) else None
-    used += recovered if isinstance(recovered, list) else []
+    steps = steps_of(directory)
+    used = [step.get("statistics") for step in steps]
+    for step in steps:
+        recovered = step.get("recovered")
+        used += recovered if isinstance(recovered, list) else []
     return frozenset(name for one in used for name in _domains(one)) or None
 
 

@@ -94,6 +94,8 @@ def with_samples(
         raise DataError(f"{data.SAMPLES} {problem}", hint)
     [samples] = asked
     others = tuple(source for source in text.sources if Samples.parse(source) is None)
+    names = [*(data.find_sources(others, "calibration") if others else ()), samples.name]
+    data.shares(names, text.sequences, dict(text.mix))  # refuses before anything is written
     count = -(-text.sequences // (len(others) + 1))
     domains = read_calibration(student, replace(text, sources=others, sequences=count, mix=()))
     start_NL = torch.cat([domain.ids_NL for domain in domains])

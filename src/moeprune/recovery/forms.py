@@ -30,15 +30,27 @@ _WHOLE_ONLY = (
 )  # fmt: skip
 
 
-def layerwise_options(how: str, preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def layerwise_options(
+    base: Training, preset: str | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """All options of a training layer by layer, from those that were given.
 
+    Args:
+        base: the defaults of the whole model; what is given as it is there says nothing.
+        preset: refused.
+        given: options.
+
     Raises:
-        MoepruneError: ``how`` has no such form, or an option is about the whole model.
+        MoepruneError: this way has no such form, or an option is about the whole model.
     """
+    how = base.how
     if how not in LAYERWISE:
         raise MoepruneError(f"{how} has no form layer by layer", f"--how {' or '.join(LAYERWISE)}")
-    wrong = [f"--{name.replace('_', '-')}" for name in _WHOLE_ONLY if given.get(name)]
+    wrong = [
+        f"--{name.replace('_', '-')}"
+        for name in _WHOLE_ONLY
+        if name in given and given[name] != getattr(base, name)
+    ]
     if preset is not None:
         wrong.insert(0, "--preset")
     if wrong:

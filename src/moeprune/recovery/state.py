@@ -44,8 +44,8 @@ class StateFolder:
 
     def reached(self) -> str:
         """How far the run came, in words."""
-        numbers = self.numbers()
-        return f"step {0 if numbers is None else numbers['progress']['step']}"
+        progress = (self.numbers() or {}).get("progress") or {}  # a run layer by layer has none
+        return f"step {progress.get('step', 0)}"
 
     def clear(self) -> None:
         """Forget what was trained, not what is beside it."""

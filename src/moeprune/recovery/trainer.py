@@ -258,14 +258,15 @@ class Trainer:
         return told, loss
 
     def _check(self, value: Tensor, header: Mapping[str, Any]) -> None:
-        """Raise if a loss or a norm is not finite; the weights are those of the last good step."""
+        """Raise if a loss or a norm is not finite; the last state of finite weights is kept."""
         if bool(value.isfinite().all()):
             return
         self.optimiser.zero_grad()
-        self._save(header)
+        if all(bool(p.isfinite().all()) for p in self.weights.values()):
+            self._save(header)
         raise MoepruneError(
             f"the loss or its gradient is not finite at step {self.now.step + 1}; the state of "
-            f"step {self.now.step} is kept in {self.folder.path}",
+            f"{self.folder.reached()} is kept in {self.folder.path}",
             "try a smaller --learning-rate or --dtype float32, with --force to begin again",
         )
 

@@ -94,6 +94,9 @@ class Training:
         for name in ("steps", "batch", "accumulate", "rank"):
             if getattr(self, name) < 1:
                 raise MoepruneError(f"{_option(name)} must be at least 1")
+        for name in ("evaluate_every", "save_every", "patience"):
+            if getattr(self, name) < 0:
+                raise MoepruneError(f"{_option(name)} must be at least 0")
         for name, low, high in (
             ("learning_rate", 0.0, 10.0), ("warmup", 0.0, 1.0), ("dropout", 0.0, 0.99),
             ("holdout", 0.0, 0.9), ("weight_decay", 0.0, 10.0), ("clip", 0.0, 1e9),
@@ -189,5 +192,5 @@ def training(
     if given.get("adapter") and how != "lora":
         raise MoepruneError(f"--adapter is for lora, and {how} trains the weights themselves")
     if given.get("layerwise"):
-        given = layerwise_options(how, preset, given)
+        given = layerwise_options(TRAININGS[how], preset, given)
     return replace(TRAININGS[how], **{**PRESETS.get(preset or "", {}), **given})

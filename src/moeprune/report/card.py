@@ -14,9 +14,9 @@ _DASH = "–"
 def measured_text(result: Mapping[str, Any]) -> str:
     """Tables and sentences; times are left out, so that the same evaluation is the same text."""
     teacher = result.get("teacher")
-    beside = f" beside `{_line(teacher)}`" if teacher else ""
+    beside = f" beside `{line(teacher)}`" if teacher else ""
     parts = [
-        f"Measured{beside} in {_line(result.get('dtype'))}, on {_text(result.get('data'))}",
+        f"Measured{beside} in {line(result.get('dtype'))}, on {_text(result.get('data'))}",
         _perplexity(result),
         _list(result.get("findings")),
         _generation(result.get("generation")),
@@ -30,8 +30,8 @@ def _text(data: Any) -> str:
     if not isinstance(data, Mapping):
         return "held-out text."
     return (
-        f"{_count(data.get('tokens'))} tokens of held-out text in windows of "
-        f"{_line(data.get('length'))} (SHA-256 `{_line(data.get('hash'))}`)."
+        f"{count(data.get('tokens'))} tokens of held-out text in windows of "
+        f"{line(data.get('length'))} (SHA-256 `{line(data.get('hash'))}`)."
     )
 
 
@@ -45,12 +45,12 @@ def _perplexity(result: Mapping[str, Any]) -> str:
     lines = []
     for name, row in rows:
         against = row.get("against", {})
-        cells = [_line(name), _count(row.get("tokens")), _number(row.get("perplexity"), ".2f")]
+        cells = [line(name), count(row.get("tokens")), _number(row.get("perplexity"), ".2f")]
         if result.get("teacher"):
             cells.append(_with(row.get("kl"), against.get("kl"), ".4f"))
             cells.append(_with(row.get("agreement"), against.get("agreement"), ".1%"))
         if judged:
-            cells += [_interval(against.get("loss"), "+.4f"), _line(against.get("verdict", _DASH))]
+            cells += [_interval(against.get("loss"), "+.4f"), line(against.get("verdict", _DASH))]
         lines.append(cells)
     return _table(head, lines)
 
@@ -60,32 +60,32 @@ def _generation(section: Any) -> str:
         return ""
     parts = [
         "### Generation",
-        f"{_count(section.get('prompts'))} prompts, at most {_count(section.get('new_tokens'))} "
-        f"new tokens, seed {_line(section.get('seed'))}.",
+        f"{count(section.get('prompts'))} prompts, at most {count(section.get('new_tokens'))} "
+        f"new tokens, seed {line(section.get('seed'))}.",
     ]
     for decoding in section.get("decodings", ()):
         rows = [
             [
-                _line(name).replace("_", "-"),
+                line(name).replace("_", "-"),
                 _interval(cell.get("model"), ".3g"),
                 _interval(cell.get("teacher"), ".3g"),
                 _interval(cell.get("against"), "+.3g"),
             ]
             for name, cell in decoding.get("measures", {}).items()
         ]
-        head = [_line(decoding.get("name")), "model", "teacher", "difference"]
+        head = [line(decoding.get("name")), "model", "teacher", "difference"]
         parts.append(_table(head, rows))
         never, changed = decoding.get("never_ending"), decoding.get("changed")
         if never and changed:
             parts.append(
-                f"Never-ending answers: {_line(never.get('verdict'))}. "
+                f"Never-ending answers: {line(never.get('verdict'))}. "
                 f"Answers that changed: {_number(changed.get('share'), '.1%')}, after "
                 f"{_number(changed.get('after_tokens_median'), '.0f')} tokens in the median."
             )
     return "\n\n".join([*parts, _list(section.get("findings"))])
 
 
-_SIZES = (
+SIZES = (
     ("disk_bytes", "bytes on disk", "count"),
     ("memory_bytes", "bytes of weights in memory", "count"),
     ("peak_bytes", "bytes at the peak", "count"),
@@ -95,6 +95,7 @@ _SIZES = (
     ("decode_tokens_per_second", "decode, tokens per second", ".1f"),
     ("joules_per_token", "joules per new token", ".3g"),
 )
+"""Key of a model under ``efficiency``, in words, and how it is written."""
 
 
 def _efficiency(section: Any) -> str:
@@ -104,12 +105,12 @@ def _efficiency(section: Any) -> str:
     names = [name for name in ("model", "teacher") if name in models]
     rows = [
         [words, *(_number(models[name].get(key), form) for name in names)]
-        for key, words, form in _SIZES
+        for key, words, form in SIZES
     ]
     where = (
-        f"On {_line(place.get('device'))} ({_line(place.get('name'))}, "
-        f"{_line(place.get('threads'))} threads) in {_line(section.get('dtype'))}, by "
-        f"{_line(section.get('engine'))}. Energy: {_line(section.get('energy'))}."
+        f"On {line(place.get('device'))} ({line(place.get('name'))}, "
+        f"{line(place.get('threads'))} threads) in {line(section.get('dtype'))}, by "
+        f"{line(section.get('engine'))}. Energy: {line(section.get('energy'))}."
     )
     parts = ["### Efficiency", where, _table(["", *names], rows), _list(section.get("findings"))]
     return "\n\n".join(part for part in parts if part)
@@ -126,18 +127,18 @@ def _tasks(section: Any) -> str:
         gap = entry.get("difference")
         tables.setdefault(str(entry.get("protocol") or "tasks"), []).append(
             [
-                _line(name),
-                _line(entry.get("metric")),
-                _count(entry.get("shots")),
-                _count(entry.get("items")),
+                line(name),
+                line(entry.get("metric")),
+                count(entry.get("shots")),
+                count(entry.get("items")),
                 _interval(entry, ".3f"),
                 _number(entry.get("teacher"), ".3f"),
                 _interval(gap, "+.3f"),
-                _line(entry.get("verdict") or _DASH),
+                line(entry.get("verdict") or _DASH),
             ]
         )
     head = ["", "metric", "shots", "questions", "model", "teacher", "difference", "verdict"]
-    parts = [_table([_line(name), *head[1:]], rows) for name, rows in tables.items()]
+    parts = [_table([line(name), *head[1:]], rows) for name, rows in tables.items()]
     return "\n\n".join(["### Tasks", *parts])
 
 
@@ -157,22 +158,24 @@ def _interval(found: Any, form: str) -> str:
 def _number(value: Any, form: str) -> str:
     if not isinstance(value, (int, float)):
         return _DASH
-    return _count(value) if form == "count" else format(value, form)
-
-
-def _count(value: Any) -> str:
-    return f"{value:,}".replace(",", " ") if isinstance(value, int) else _line(value)
+    return count(value) if form == "count" else format(value, form)
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _list(found: Any) -> str:
-    return "\n".join(f"- {_line(text, 500)}" for text in found) if isinstance(found, list) else ""
+    return "\n".join(f"- {line(text, 500)}" for text in found) if isinstance(found, list) else ""
 
 
-def _line(value: object, longest: int = 200) -> str:
+def count(value: object) -> str:
+    """As in the rest of the card (``moeprune.models.card_text``), which a report does not know."""
+    return f"{value:,}".replace(",", " ") if isinstance(value, int) else line(value)
+
+
+def line(value: object, longest: int = 200) -> str:
+    """Anything as one line that cannot end a table cell, a code span or be one of the marks."""
     text = "".join(c if c.isprintable() else " " for c in str(value))[:longest]
-    return text.replace("|", "/").replace("`", "'").replace("<!--", "")
+    return text.replace("|", "/").replace("`", "'").replace("<!", "< !")

@@ -18,6 +18,7 @@ from moeprune.report import (
     marks,
     measurements,
     removals,
+    sections,
     summary,
     wording,
 )
@@ -46,7 +47,7 @@ def render_report(result: Mapping[str, Any]) -> str:
     """Draw the report of one run.
 
     Args:
-        result: what ``moeprune demo --json`` or ``prune --json`` printed ("moeprune.run/1").
+        result: what ``moeprune demo --json`` printed, or any other ``moeprune.run/1``.
             Measurements that are null or absent are shown as an en dash.
 
     Returns:
@@ -76,11 +77,7 @@ def render_report(result: Mapping[str, Any]) -> str:
             choices=[] if drawn is None else atlas.choices(drawn),
             verdicts=intervals.verdicts(result),
             balance=balance.balance(result),
-            sections=[
-                (title, words, found)
-                for key, title, words in _SECTIONS
-                if (found := intervals.section(result, key)) is not None
-            ],
+            sections=sections.sections(result),
             seen=set((result.get("calibration") or {}).get("domains") or ()),
             results=_results(result),
             origin=_origin(result),
@@ -93,14 +90,6 @@ def render_report(result: Mapping[str, Any]) -> str:
             **scripts("theme.js", "atlas.js"),
         )
     )
-
-
-_SECTIONS = (
-    ("tasks", "Tasks", "Scores with their intervals, as the evaluation harness counts them"),
-    ("generation", "Generation", "Health of generated text, with intervals where they are known"),
-    ("efficiency", "Speed and memory", "Measured on the machine that made this report"),
-)
-"""Sections that evaluation may add: their key in a row, title and caption."""
 
 
 def _results(result: Mapping[str, Any]) -> tuple[Result, ...]:

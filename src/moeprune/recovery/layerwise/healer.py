@@ -205,9 +205,10 @@ class Healer:
         finally:
             hook.remove()
         y_TH = self._tap.y_TH[self._tap.slices[0]]
-        gap = (rest_TH + y_TH - whole_TH).abs().max()
+        gap = float((rest_TH + y_TH - whole_TH).abs().max())
         walk.rerun(0)
-        if float(gap) > _ADDS * float(whole_TH.abs().max()):
+        rounding = torch.finfo(y_TH.dtype).eps * float(y_TH.abs().max())
+        if gap > _ADDS * float(whole_TH.abs().max()) + rounding:
             raise UnsupportedModelError(
                 f"{self.student.config.model_type} does not add the output of its MoE blocks as it "
                 "is, so what the rest of a layer lacks cannot be asked of them",

@@ -19,6 +19,7 @@ from moeprune.recovery.layerwise.fitting import Fit
 from moeprune.recovery.state import FORMAT, StateFolder
 
 _MOST = 1 << 26
+_MANIFEST = "manifest.json"
 
 
 class LayerFolder(StateFolder):
@@ -35,14 +36,15 @@ class LayerFolder(StateFolder):
         return f"{done} layer{'s' * (done != 1)}"
 
     def clear(self) -> None:
-        """Forget all layers."""
-        super().clear()
+        """Forget all layers, and then what run they are of; a layer without manifest is none."""
         for place in self.path.glob("layer-*"):
+            (place / _MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(place, ignore_errors=True)
+        super().clear()
 
     def done(self) -> list[int]:
         """Layers that are there, ascending."""
-        names = self.path.glob("layer-*/manifest.json")
+        names = self.path.glob(f"layer-*/{_MANIFEST}")
         return sorted(int(file.parent.name.removeprefix("layer-")) for file in names)
 
     def save_layer(
@@ -57,7 +59,7 @@ class LayerFolder(StateFolder):
         with self.writing(), new_directory(self._place(fit.layer), force=True) as work:
             if pieces:
                 write_shards(work, pieces)
-            (work / "manifest.json").write_bytes(json_bytes(record))
+            (work / _MANIFEST).write_bytes(json_bytes(record))
         self.write_log()
 
     def record(self, layer: int) -> dict[str, Any]:
@@ -66,7 +68,7 @@ class LayerFolder(StateFolder):
         Raises:
             MoepruneError: it is damaged.
         """
-        file = self._place(layer) / "manifest.json"
+        file = self._place(layer) / _MANIFEST
         try:
             found = load_json(file, _MOST)
         except (ValueError, OSError) as error:
@@ -87,6 +89,10 @@ class LayerFolder(StateFolder):
                 found |= read_header(file)[0]
             except CheckpointError as error:
                 raise self._damaged(file) from error
+        record = self.record(layer)
+        trained = sum(total for _, total in record["changed"].values())
+        if len(found) != (trained if record["best_step"] else 0):
+            raise self._damaged(self._place(layer))
         return found
 
     def write_log(self) -> None:

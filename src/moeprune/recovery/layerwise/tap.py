@@ -67,6 +67,7 @@ class Tap:
         self._dtype, self._device = dtype, device
         self._buffers: dict[str, Tensor] = {}
         self._order: list[int | str] = []
+        self._allocating = threading.Lock()  # batches run in threads, and fill one buffer
 
     @property
     def x_TH(self) -> Tensor:
@@ -140,12 +141,15 @@ class Tap:
 
     def buffer(self, name: str, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer of ``width`` numbers per token, allocated when it is first asked for."""
-        held = self._buffers.get(name)
-        if held is None or held.shape[1:] != (width,):
-            kind = dtype or self._dtype
-            held = torch.empty(self.rows, width, dtype=kind, device=self._device)
-            self._buffers[name] = held
-        return held
+        return self._shaped(name, (width,), dtype or self._dtype)
+
+    def _shaped(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        with self._allocating:
+            held = self._buffers.get(name)
+            if held is None or held.shape[1:] != shape:
+                held = torch.empty(self.rows, *shape, dtype=dtype, device=self._device)
+                self._buffers[name] = held
+            return held
 
     def _keep_inputs(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         found: dict[int | str, Any] = dict(enumerate(args))
@@ -166,10 +170,8 @@ class Tap:
             if rows.is_floating_point():
                 self.buffer(str(key), rows.shape[1])[self.slices[_HERE.batch]] = rows
             else:
-                name, size = str(key), self.rows
-                if name not in self._buffers:
-                    self._buffers[name] = rows.new_empty(size, *rows.shape[1:])
-                self._buffers[name][self.slices[_HERE.batch]] = rows
+                held = self._shaped(str(key), tuple(rows.shape[1:]), rows.dtype)
+                held[self.slices[_HERE.batch]] = rows
             order.append(key)
         self._order = order
 
