@@ -188,6 +188,20 @@ def write_together(contents: Mapping[Path, bytes], force: bool = False) -> None:
         _fsync(path.parent)
 
 
+def is_partial(path: Path) -> bool:
+    """Whether ``path`` is what a process that was killed left of a file or directory of ours."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def remove_partial(folder: Path) -> None:
+    """Take away what killed processes left in ``folder``; only for whoever has it to himself."""
+    for path in filter(is_partial, sorted(folder.iterdir())):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def json_bytes(value: Any) -> bytes:
     """``value`` as UTF-8 JSON: same value, same bytes. NaN and infinity are refused."""
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -35,6 +35,7 @@ from moeprune.models.store import StatisticsStore, merge_statistics
 from moeprune.pipeline.arena import cell as arena_cell
 from moeprune.pipeline.arena.asking import calibrations, parse_methods
 from moeprune.pipeline.arena.estimate import spoken
+from moeprune.pipeline.arena.state import open_run
 from support import tree
 
 Compared = tuple[Path, dict[str, Any]]
@@ -209,6 +210,17 @@ def test_a_foreign_directory_is_refused(tmp_path: Path, texts: dict[str, Any]) -
 COMMAND = (
     "import sys; from moeprune.cli.app import main; sys.argv = ['moeprune', *sys.argv[1:]]; main()"
 )
+
+
+def test_halves_of_files_are_taken_away(tmp_path: Path) -> None:
+    """Of a process that was killed while it wrote: before the first result, and after it."""
+    for name in (".compare.json.x1.partial", "plans/.a.plan.json.x2.partial"):
+        half = tmp_path / "run" / name
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.write_bytes(b"{")
+        with open_run(tmp_path / "run", {"model": "m"}) as run:
+            assert not half.exists()
+            run.save()
 
 
 def test_kill_and_go_on(tmp_path: Path, english_text: Path, compared: Compared) -> None:

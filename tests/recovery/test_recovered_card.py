@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from moeprune import Budget
 from moeprune.cli.app import app
-from moeprune.models.surgery import PROVENANCE, steps_of
+from moeprune.models.surgery import PROVENANCE, recoveries_of, steps_of
 from moeprune.pipeline.inputs import Text
 from moeprune.pipeline.recovery import recover, training
 from moeprune.pipeline.seen import seen_domains
@@ -47,7 +47,7 @@ def test_card_of_a_recovered_model(
     assert "recovered" in again.data.tags and told["data"]["hash"] in again.text
     assert ", trained again, then `moeits`" in again.text
     assert "not trained after pruning" in again.text and "then trained again." not in again.text
-    assert [step.get("recovered") for step in steps_of(tmp_path / "again")] == [[told], None]
+    assert recoveries_of(tmp_path / "again") == [told] and len(steps_of(tmp_path / "again")) == 2
     assert seen_domains(tmp_path / "again") == seen_domains(out) == {"english"}
     assert not {"evaluation.json", "moeprune_recovery.jsonl"} & {
         file.name for file in (tmp_path / "again").iterdir()

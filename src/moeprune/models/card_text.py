@@ -58,11 +58,12 @@ def body(
     """
     steps = _steps(record)
     original = _code(steps[0].get("base_name") or _name(record))
+    trained = {told.get("after_steps", len(steps)) for told in trainings(record)}
+    recovered = len(steps) in trained
     ways = ", then ".join(
-        f"`{line(step.get('method'))}`" + ", trained again" * bool(step.get("recovered"))
-        for step in steps
+        f"`{line(step.get('method'))}`" + ", trained again" * (number in trained - {len(steps)})
+        for number, step in enumerate(steps, start=1)
     )
-    recovered = bool(_mappings(record.get("recovered")))
     sections = {
         "": f"{original} pruned by {ways}" + ", then trained again." * recovered
         + "." * (not recovered) + _hub(head),
@@ -94,8 +95,7 @@ def _mappings(found: object) -> list[Mapping[str, Any]]:
 
 def trainings(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Every recovery that a model went through, between its steps and after the last."""
-    rows = [*_mappings(record.get("steps")), record]
-    return [told for row in rows for told in _mappings(row.get("recovered"))]
+    return _mappings(record.get("recovered"))
 
 
 def _name(record: Mapping[str, Any]) -> str:

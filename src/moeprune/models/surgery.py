@@ -169,16 +169,16 @@ def _provenance(
 
 def _with_steps(checkpoint: Checkpoint, made: dict[str, Any]) -> dict[str, Any]:
     before = steps_of(checkpoint.path)
-    trained = _recoveries_of(checkpoint.path, len(before)) if before else []
+    trained = [{"after_steps": len(before), **one} for one in recoveries_of(checkpoint.path)]
     told = {"recovered": trained} if trained else {}
     return made | ({"steps": [*before, step_of(made)]} if before else {}) | told
 
 
-def _recoveries_of(directory: Path, steps: int) -> list[dict[str, Any]]:
-    """How a checkpoint was trained before, each with the number of steps that came before it."""
-    found = load_json(directory / PROVENANCE, _MAX_PROVENANCE).get("recovered")
+def recoveries_of(directory: Path) -> list[dict[str, Any]]:
+    """How a checkpoint was trained before, as it says itself; as careful as ``steps_of``."""
+    found = _record_of(directory).get("recovered")
     told = found if isinstance(found, list) else []
-    return [{"after_steps": steps, **one} for one in told if isinstance(one, dict)]
+    return [one for one in told if isinstance(one, dict)]
 
 
 def step_of(made: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,15 +197,19 @@ def steps_of(directory: Path) -> list[dict[str, Any]]:
 
     It is somebody's file: what is not of our form is left out, and never a reason to fail.
     """
+    found = _record_of(directory)
+    if not found:
+        return []
+    steps = found.get("steps")
+    if isinstance(steps, list) and steps and all(isinstance(step, dict) for step in steps):
+        return steps
+    return [step_of(found)]
+
+
+def _record_of(directory: Path) -> dict[str, Any]:
     try:
         found = load_json(directory / PROVENANCE, _MAX_PROVENANCE)
     except (OSError, ValueError):
-        return []
-    if not isinstance(found, dict) or found.get("format") != PROVENANCE_FORMAT:
-        return []
-    steps, trained = found.get("steps"), found.get("recovered")
-    if not (isinstance(steps, list) and steps and all(isinstance(step, dict) for step in steps)):
-        steps = [step_of(found)]
-    if isinstance(trained, list) and trained:  # since the last step
-        steps = [*steps[:-1], {**steps[-1], "recovered": trained}]
-    return steps
+        return {}
+    ours = isinstance(found, dict) and found.get("format") == PROVENANCE_FORMAT
+    return found if ours else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moeprune.models.surgery import steps_of
+from moeprune.models.surgery import recoveries_of, steps_of
 
 
 def seen_domains(directory: Path) -> frozenset[str] | None:
@@ -13,11 +13,8 @@ def seen_domains(directory: Path) -> frozenset[str] | None:
 
     It is somebody's file: what is not of our form is passed over.
     """
-    steps = steps_of(directory)
-    used = [step.get("statistics") for step in steps]
-    for step in steps:
-        recovered = step.get("recovered")
-        used += recovered if isinstance(recovered, list) else []
+    used = [step.get("statistics") for step in steps_of(directory)]
+    used += recoveries_of(directory)
     return frozenset(name for one in used for name in _domains(one)) or None
 
 

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.errors import MoepruneError, OutputError
-from moeprune.files import json_bytes, load_json, refuse_existing, write_together
+from moeprune.files import (
+    is_partial,
+    json_bytes,
+    load_json,
+    refuse_existing,
+    remove_partial,
+    write_together,
+)
 
 FORMAT = "moeprune.compare/1"
 RESULT = "compare.json"
@@ -75,18 +82,20 @@ def open_run(out: Path, identity: Mapping[str, Any], force: bool = False) -> Ite
     file = out / RESULT
     if force and out.exists():
         refuse_existing(out, force)
-    elif not file.is_file():
-        if out.exists() and (not out.is_dir() or _foreign(out)):
-            raise OutputError(f"output exists, and is no comparison: {out}", "choose another --out")
-        refuse_existing(out, force=out.is_dir())
-    else:
+    elif not out.exists():
+        refuse_existing(out, force=False)
+    elif file.is_file():
         _read(file, identity)  # before a lock is left in what is not ours
+    elif not out.is_dir() or _foreign(out):
+        raise OutputError(f"output exists, and is no comparison: {out}", "choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         if force:
             _clear(out)
         found = _read(file, identity) if file.is_file() else Run(out, dict(identity))
         shutil.rmtree(found.work, ignore_errors=True)
+        for folder in filter(Path.is_dir, (out, out / PLANS)):
+            remove_partial(folder)
         try:
             yield found
         finally:
@@ -95,7 +104,10 @@ def open_run(out: Path, identity: Mapping[str, Any], force: bool = False) -> Ite
 
 def _foreign(out: Path) -> bool:
     """Whether a directory holds more than an interrupted beginning of ours."""
-    return any(entry.name not in (STATISTICS, WORK, ".lock") for entry in out.iterdir())
+    return any(
+        entry.name not in (STATISTICS, WORK, ".lock") and not is_partial(entry)
+        for entry in out.iterdir()
+    )
 
 
 def _clear(out: Path) -> None:
