@@ -93,5 +93,7 @@ def test_the_picture_stands_alone(compared: tuple[Any, dict[str, Any]]) -> None:
     page = (out / "compare.html").read_text(encoding="utf-8")
     for content in (text.replace("http://www.w3.org/2000/svg", ""), page.replace(
         "http://www.w3.org/2000/svg", "")):  # fmt: skip
-        assert "http" not in content and "<script" not in content
+        assert "http://" not in content and "https://" not in content
+        assert "src=" not in content and "<link" not in content
+    assert "<script" not in text
     assert "mone pattern 2:4, moeits pattern 2:4, mone:scope=global pattern 2:4: has no" in page

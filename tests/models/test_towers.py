@@ -321,7 +321,7 @@ def test_every_stage(readable: Path, tmp_path: Path) -> None:
     done = prune(readable, "moeits", Budget(keep=6), tmp_path / "out", words, compute=compute)
     assert done.sizes.experts == (32, 24)
     result = evaluate(tmp_path / "out", readable, words, compute)
-    assert result["kl"] > 0
+    assert result["groups"]["all"]["kl"] > 0
     assert type(load(tmp_path / "out")).__name__ == "Qwen3VLMoeForConditionalGeneration"
 
 
