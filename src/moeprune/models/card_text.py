@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from moeprune.markdown import count, line
 from moeprune.models.repeat import recover_command
 
 BEGIN, END = "<!-- moeprune: measured, begin -->", "<!-- moeprune: measured, end -->"
@@ -273,17 +274,6 @@ def _command(command: str) -> str:
     """A command as a code span; one that a span cannot hold whole is no command any more."""
     shown = line(command, _LONGEST)
     return f"`{shown}`" if shown == command else "the command does not fit here."
-
-
-def count(value: object) -> str:
-    """An integer in groups of three digits."""
-    return f"{value:,}".replace(",", " ") if isinstance(value, int) else line(value)
-
-
-def line(value: object, longest: int = 200) -> str:
-    """Anything as one line that cannot end a table cell, a code span or be one of the marks."""
-    text = "".join(c if c.isprintable() else " " for c in str(value))[:longest]
-    return text.replace("|", "/").replace("`", "'").replace("<!", "< !")
 
 
 def _code(value: object) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from moeprune.markdown import count, line
+
 _DASH = "–"
 
 
@@ -168,14 +170,3 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 def _list(found: Any) -> str:
     return "\n".join(f"- {line(text, 500)}" for text in found) if isinstance(found, list) else ""
-
-
-def count(value: object) -> str:
-    """As in the rest of the card (``moeprune.models.card_text``), which a report does not know."""
-    return f"{value:,}".replace(",", " ") if isinstance(value, int) else line(value)
-
-
-def line(value: object, longest: int = 200) -> str:
-    """Anything as one line that cannot end a table cell, a code span or be one of the marks."""
-    text = "".join(c if c.isprintable() else " " for c in str(value))[:longest]
-    return text.replace("|", "/").replace("`", "'").replace("<!", "< !")

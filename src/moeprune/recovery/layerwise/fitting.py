@@ -105,7 +105,6 @@ def fit(
     waited = 0
     while found.steps < made.steps and not found.ended:
         optimiser.param_groups[0]["lr"] = made.rate(peak, found.steps)
-        # an optimiser's moments must not see one gradient more than its weights
         loss = _step(
             lesson, order.part(found.steps * rows, rows), weights, groups, zeros, made, found
         )

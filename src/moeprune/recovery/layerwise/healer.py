@@ -143,10 +143,9 @@ class Healer:
                 if index in wanted:
                     self._target(walk, dense, index)
                     if self._heal(index):
+                        # as it is written, and read by a resumed run
                         self.student.free_layer(index)
-                        self.student.load_layer(
-                            index
-                        )  # as it is written, and read by a resumed run
+                        self.student.load_layer(index)
                         walk.run()
                 else:
                     walk.run()
