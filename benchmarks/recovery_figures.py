@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,6 @@ class Student:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Way:
-    """A recovery with its options."""
-
-    how: str
-    options: dict[str, Any]
-
-
 def _experts(method: str) -> dict[str, Student]:
     return {
         f"{method} {ratio} %": Student(method, moeprune.Budget(ratio=ratio / 100))
@@ -73,21 +65,30 @@ STUDENTS: dict[str, Student] = {
     **_experts("frequency"),
 }
 
+
+@dataclass(frozen=True)
+class Way:
+    """A recovery with its options, and the students that it is tried on."""
+
+    how: str
+    options: dict[str, Any]
+    students: tuple[str, ...] = tuple(STUDENTS)
+
+
+LAYERS = {"layerwise": True, "save_every": 0}  # steps are those of each layer
+DISTILLED = {"steps": 60, "evaluate_every": 20, **LAYERS}
+FEW = ("moe-pruner 50 %", "frequency 50 %")
 WAYS: dict[str, Way] = {
     "expert-kd": Way("expert-kd", {"steps": 60, "evaluate_every": 20}),
     "router-kd": Way("router-kd", {"steps": 30, "evaluate_every": 10}),
     "logit-kd": Way("logit-kd", {"steps": 30, "evaluate_every": 15}),
     "lora": Way("lora", {"steps": 30, "evaluate_every": 15}),
     "full": Way("full", {"steps": 30, "evaluate_every": 15}),
+    "expert-kd by layers": Way("expert-kd", DISTILLED),
+    "by layers, dense-inputs": Way("expert-kd", {**DISTILLED, "target": "dense-inputs"}, FEW),
+    "by layers, dense-outputs": Way("expert-kd", {**DISTILLED, "target": "dense-outputs"}, FEW),
+    "router-kd by layers": Way("router-kd", {"steps": 40, "evaluate_every": 20, **LAYERS}),
 }
-LAYERWISE: dict[str, Way] = {  # steps are those of each layer
-    "expert-kd by layers": Way("expert-kd", {"steps": 60, "evaluate_every": 20}),
-    "router-kd by layers": Way("router-kd", {"steps": 40, "evaluate_every": 20}),
-}
-if "layerwise" in {one.name for one in fields(Training)}:
-    for way, known in LAYERWISE.items():
-        options = {**known.options, "layerwise": True, "save_every": 0}
-        WAYS[way] = Way(known.how, options)
 
 
 def slug(*names: str) -> str:
@@ -195,7 +196,7 @@ def fill_cell(folder: Path, name: str, way: str, steps: int | None) -> str:
 
 def fill(folder: Path, names: list[str], ways: list[str], steps: int | None, jobs: int) -> None:
     """All students, then all cells, several at once."""
-    cells = [(name, way) for way in ways for name in names]
+    cells = [(name, way) for way in ways for name in names if name in WAYS[way].students]
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         for done in as_completed([pool.submit(make_student, folder, name) for name in names]):
             done.result()
