@@ -13,13 +13,13 @@ from accelerate import PartialState
 
 from moeprune.errors import MoepruneError
 from moeprune.pipeline.inputs import Compute, Progress, Source, Text
-from moeprune.pipeline.recovery import Listen, Recovered, Status
+from moeprune.pipeline.recovered import Listen, Recovered
 from moeprune.pipeline.recovery_opening import Opened, open_run
 from moeprune.recovery.layerwise.healer import Healer
 from moeprune.recovery.layerwise.processes import Work, in_processes, share
 from moeprune.recovery.layerwise.state import LayerFolder, Overlaid, Result
 from moeprune.recovery.order import split
-from moeprune.recovery.pairing import check_teacher
+from moeprune.recovery.trainer import Status
 from moeprune.recovery.training import Training
 from moeprune.recovery.writing import write_recovered
 
@@ -55,7 +55,6 @@ def recover_layers(
     )
     student, master = run.student, run.master
     assert master is not None, "all that train layer by layer learn from a teacher"
-    check_teacher(student, master, same_layers=True)
     device = state.device if compute.device == "cpu" else device
     train, held = split(run.domains, made.holdout)
     work = Work(student, master, made, folder, device, train, held)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moeprune.errors import MoepruneError
 from moeprune.pipeline.inputs import Compute, Progress, Source, Text
 from moeprune.pipeline.inputs import silent as quiet
+from moeprune.pipeline.layerwise import recover_layers
+from moeprune.pipeline.recovered import Listen, Recovered
 from moeprune.pipeline.recovery_opening import Opened, open_run
 from moeprune.recovery.session import Session
 from moeprune.recovery.state import StateFolder
@@ -20,52 +19,6 @@ from moeprune.recovery.training import Training, training
 from moeprune.recovery.writing import write_adapter, write_recovered
 
 __all__ = ["Recovered", "Status", "Training", "recover", "training"]
-
-Listen = Callable[[Status], None]
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """What a recovery did.
-
-    Attributes:
-        path: the new checkpoint.
-        steps, best_step: done, and of the weights that were written; 0 is the student as it was.
-        held: the held-out measure (``measure``) before and after; None without held-out sequences.
-        measure: ``kl`` with a teacher, ``ce`` without.
-        lam: lambda of ``expert-kd``.
-        gradients: norm of the first gradient, by group of parameters that trained.
-        changed: by group, tensors on disk that changed, and in all.
-        zeros: weights that were kept at zero.
-        seconds: of training.
-        ended: why it ended.
-        layers: layer by layer, what was done in each: ``layer``, ``before`` and ``after`` (errors
-            on held-out tokens), ``best_step``, ``steps``, ``ended``, ``seconds``.
-    """
-
-    path: Path
-    steps: int
-    best_step: int
-    held: tuple[float, float] | None
-    measure: str
-    lam: float | None
-    gradients: Mapping[str, float]
-    changed: Mapping[str, tuple[int, int]]
-    zeros: int
-    seconds: float
-    ended: str
-    layers: tuple[Mapping[str, Any], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """As the command prints it."""
-        return {
-            **vars(self),
-            "path": str(self.path),
-            "held": None if self.held is None else list(self.held),
-            "gradients": dict(self.gradients),
-            "changed": {name: list(counts) for name, counts in self.changed.items()},
-            "layers": [dict(layer) for layer in self.layers],
-        }
 
 
 def ignore(status: Status) -> None:
@@ -110,8 +63,6 @@ def recover(
     made = training(chosen) if isinstance(chosen, str) else chosen
     out = Path(out)
     if made.layerwise:
-        from moeprune.pipeline.layerwise import recover_layers  # noqa: PLC0415  it needs this one
-
         return recover_layers(
             source, teacher, out, made, text, compute, resume, force, listen, progress, processes
         )
