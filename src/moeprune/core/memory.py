@@ -85,19 +85,21 @@ def peak(sizes: Sizes, decision: Decision) -> int:
     return held + max(walking, workers * (sizes.logits + sizes.hidden))
 
 
-def decide(sizes: Sizes, budget: int) -> Decision:
+def decide(sizes: Sizes, budget: int, later: int = 0) -> Decision:
     """The first way to walk, in the order of what it costs, that stays within ``budget`` bytes.
+
+    Hidden states in memory leave ``later`` bytes of it free.
 
     Raises:
         BudgetError: none does; the message names the smallest budget that works.
     """
     whole = Decision(sizes.batches, True, sizes.workers, sizes.experts)
-    if (expected := peak(sizes, whole)) <= budget:
+    if (expected := peak(sizes, whole)) <= budget - later:
         return replace(whole, peak=expected)
     for way in _ways(sizes):
         spare = budget - peak(sizes, way)
         if spare >= 0:
-            kept = min(sizes.batches, spare // max(1, sizes.hidden))
+            kept = min(sizes.batches, max(0, spare - later) // max(1, sizes.hidden))
             chosen = replace(way, in_memory=kept if way.chunk == sizes.experts else 0)
             return replace(chosen, peak=peak(sizes, chosen))
     smallest = smallest_budget(sizes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ class Limits:
     Attributes:
         memory: bytes of the whole process; None is no limit.
         folder: where hidden states go that have no room; None takes the system's.
-        later: bytes that are left free, for models that are walked beside this one.
+        later: bytes that hidden states leave free, for models that are walked beside this one.
         tell: gets a line on what was decided.
         profile: counts where time goes.
     """
@@ -89,7 +89,7 @@ def bounded(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | N
             "--memory bounds what a walk holds on the CPU", f"leave it out with {model.device}"
         )
     sizes = sizes_of(model, load)
-    decision = decide(sizes, limits.memory - limits.later)
+    decision = decide(sizes, limits.memory, limits.later)
     if decision.chunk < experts or (load.shared and decision.in_memory < len(load.tokens)):
         decision = Decision(0, decision.prefetch, decision.workers, decision.chunk, decision.peak)
     limits.profile.starved |= not decision.prefetch
@@ -104,6 +104,13 @@ def bounded(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | N
         limits.profile.move(HIDDEN, "computing", seconds / decision.workers)
 
     return decision, HiddenStates(limits.folder, decision.in_memory, reserve, spent=spent)
+
+
+def share(models: Sequence[LayeredModel]) -> None:
+    """Tell models that are walked one after another, and kept, to leave room for the next ones."""
+    for number, model in enumerate(models):
+        later = sum(_stored(other)[RESIDENT][0] for other in models[number + 1 :])
+        model.limits = replace(model.limits, later=later)
 
 
 def check(limits: Limits) -> None:
@@ -127,7 +134,7 @@ def sizes_of(model: LayeredModel, load: Load) -> Sizes:
         resident=0 if model.is_resident else stored[RESIDENT][0],
         layer=max(whole, default=0),
         rest=max((a - b for a, b in zip(whole, inside, strict=True)), default=0),
-        source=max((stored[index][1] for index in layers), default=0),
+        source=max((stored[index][1] + model.copies * whole[index] for index in layers), default=0),
         experts=max((site.shape.experts for site in model.sites.values()), default=1),
         batches=len(load.tokens),
         hidden=_STATES * tokens * _width(model),

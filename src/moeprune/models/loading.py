@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
@@ -111,7 +111,10 @@ class LayeredModel:
         sites: MoE blocks by layer index.
         changing: held while modules are filled, edited or emptied.
         limits: what walks over it are held to.
+        copies: of a layer, that are made while it is loaded.
     """
+
+    copies: ClassVar[int] = 0
 
     def __init__(
         self,
