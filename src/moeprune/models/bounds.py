@@ -25,7 +25,7 @@ RESIDENT = -1
 """Key of the tensors outside the decoder layers: embeddings, final norm, head."""
 
 _STATES = 3  # a batch holds its embeddings, what went into a layer, and what came out
-_SLACK = 96 << 20  # scratch memory and compiled kernels of matrix libraries
+_SLACK = 128 << 20  # scratch memory and compiled kernels of matrix libraries
 
 
 def _no_word(text: str) -> None:
@@ -39,6 +39,7 @@ class Limits:
     Attributes:
         memory: bytes of the whole process; None is no limit.
         folder: where hidden states go that have no room; None takes the system's.
+        beside: bytes that whoever walks takes for himself while he does.
         later: bytes that hidden states leave free, for models that are walked beside this one.
         tell: gets a line on what was decided.
         profile: counts where time goes.
@@ -46,6 +47,7 @@ class Limits:
 
     memory: int | None = None
     folder: Path | None = None
+    beside: int = 0
     later: int = 0
     tell: Callable[[str], None] = _no_word
     profile: Profile = field(default_factory=Profile)
@@ -109,8 +111,13 @@ def bounded(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | N
 def share(models: Sequence[LayeredModel]) -> None:
     """Tell models that are walked one after another, and kept, to leave room for the next ones."""
     for number, model in enumerate(models):
-        later = sum(_stored(other)[RESIDENT][0] for other in models[number + 1 :])
+        later = sum(map(outside_bytes, models[number + 1 :]))
         model.limits = replace(model.limits, later=later)
+
+
+def outside_bytes(model: LayeredModel) -> int:
+    """Embeddings, head, final norm, and whatever else is not in the decoder layers."""
+    return _stored(model)[RESIDENT][0]
 
 
 def check(limits: Limits) -> None:
@@ -130,7 +137,7 @@ def sizes_of(model: LayeredModel, load: Load) -> Sizes:
     tokens = max((rows * length for rows, length in load.tokens), default=0)
     largest = max(load.tokens, key=lambda shape: shape[0] * shape[1], default=(0, 0))
     return Sizes(
-        base=(resident_memory() or 0) + _SLACK,
+        base=(resident_memory() or 0) + _SLACK + model.limits.beside,
         resident=0 if model.is_resident else stored[RESIDENT][0],
         layer=max(whole, default=0),
         rest=max((a - b for a, b in zip(whole, inside, strict=True)), default=0),
