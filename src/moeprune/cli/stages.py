@@ -84,6 +84,7 @@ def calibrate(
             parse_compute(dtype, device, workers, trust_remote_code),
             force,
             progress,
+            output.note,
         )
     output.tell_default_text(model, data)
     if as_json:

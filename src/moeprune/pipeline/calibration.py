@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from moeprune.core.accumulators import LIGHT, Routing
-from moeprune.core.residual import NAME, Residual
+from moeprune.core.residual import NAME
 from moeprune.core.statistics import LayerStatistics
 from moeprune.files import refuse_existing
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.kept_statistics import KeptStatistics
 from moeprune.models.layout import refuse
 from moeprune.models.loading import LayeredModel
 from moeprune.models.residual import ResidualTap
 from moeprune.models.sites import MoESite
-from moeprune.models.store import StatisticsStore, writing_statistics
+from moeprune.models.store import StatisticsStore, versions
 from moeprune.models.walk import Walk
+from moeprune.models.walk_state import WalkStates
 from moeprune.pipeline.inputs import (
     Compute,
+    Note,
     Progress,
     Source,
     Text,
@@ -27,7 +31,9 @@ from moeprune.pipeline.inputs import (
     read_calibration,
     refuse_source,
     silent,
+    unheard,
 )
+from moeprune.work import work_folder
 
 
 def calibrate(
@@ -38,11 +44,15 @@ def calibrate(
     compute: Compute = Compute(),
     force: bool = False,
     progress: Progress = silent,
+    note: Note = unheard,
 ) -> StatisticsStore:
     """Walk the model over calibration text and save the statistics of every MoE layer.
 
+    What is done is kept in ``<out>.calibration`` until ``out`` appears; the same call goes on from
+    it, and ends with the same bytes as one that was never interrupted.
+
     Raises:
-        MoepruneError: anything the user can mend; nothing is left behind.
+        MoepruneError: anything the user can mend; ``out`` is as it was before.
     """
     out = Path(out)
     refuse_existing(out, force)
@@ -60,15 +70,65 @@ def calibrate(
         "collect": sorted({*collect, *needs}),
     }
     LayerStatistics.empty(next(iter(model.sites.values())).shape, needs)  # names are checked now
-    with writing_statistics(out, header, force) as save:
+    identity = {**identify(model, domains, text.seed), "collect": header["collect"]}
+    with work_folder(out, "calibration", identity, force, note) as folder:
+        kept = KeptStatistics(folder)
+        tap = ResidualTap(data.batches(domains, text.seed)) if NAME in collect else None
+        states = _resumed(kept, tap, WalkStates(folder, model))
+        if states is not None:
 
-        def visit(site: MoESite, statistics: LayerStatistics) -> bool:
-            save(statistics)
-            return False
+            def visit(site: MoESite, statistics: LayerStatistics) -> bool:
+                kept.save(statistics)
+                return False
 
-        angles = save if NAME in collect else None
-        observe(model, domains, compute, needs, visit, progress, text.seed, residual=angles)
+            def done(index: int) -> None:
+                for number, rows in enumerate([] if tap is None else tap.points):
+                    if number >= index:
+                        kept.save_point(number, rows)
+
+            stream = None if tap is None else tap.note
+            observe(
+                model, domains, compute, needs, visit, progress, text.seed,
+                stream=stream, done=done, states=states,
+            )  # fmt: skip
+        if tap is not None:
+            kept.save(tap.result())
+        kept.publish(out, header, force)
     return StatisticsStore.open(out)
+
+
+def _resumed(
+    kept: KeptStatistics, tap: ResidualTap | None, states: WalkStates
+) -> WalkStates | None:
+    """Where a calibration goes on; None if no layer is left."""
+    layers = len(states.model.layers)
+    missing = (i for i in range(layers) if i in states.model.sites and not kept.has(i))
+    reached = next(missing, layers) - 1
+    if tap is not None:
+        points = kept.points()
+        reached = min(reached, len(points) - 1)
+        if reached == layers - 1 and len(points) == layers:
+            reached -= 1  # the stream behind the last layer is missing
+        tap.points += points[: layers + 1]
+    if reached == layers - 1:
+        return None
+    start = states.resume(reached, "calibration")
+    if tap is not None:
+        del tap.points[0 if start is None else start.layer + 1 :]
+    return states
+
+
+def identify(model: LayeredModel, domains: Sequence[data.Domain], seed: int) -> dict[str, Any]:
+    """What decides every number of a walk, for ``work_folder``."""
+    return {
+        "model": model.checkpoint.fingerprint,
+        "text": data.describe(domains)["hash"],
+        "length": data.describe(domains)["length"],
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "versions": versions(),
+    }
 
 
 def observe(
@@ -80,22 +140,27 @@ def observe(
     progress: Progress = silent,
     seed: int = 0,
     opened: Callable[[Walk], None] = lambda walk: None,
-    residual: Callable[[Residual], None] | None = None,
+    stream: Callable[[Sequence[object]], None] | None = None,
+    done: Callable[[int], None] = lambda index: None,
+    states: WalkStates | None = None,
 ) -> None:
     """Walk ``model`` over ``domains`` and show ``visit`` every MoE layer with its statistics.
 
     If ``visit`` returns True it has changed the layer's weights, and the layers behind it see that.
     ``opened`` gets the walk before it starts: ``visit`` can let it run the layer again.
-    ``residual`` gets the angles of the residual stream, which are collected for it.
+    ``stream`` is as in ``Walk.layers``; ``done`` is told every layer that is done. With ``states``
+    the walk begins at their start, and they keep what layers make of the text, after ``done``.
     """
 
-    def tell(done: int, total: int) -> None:
-        progress("walking", done, total)
+    def tell(steps: int, total: int) -> None:
+        progress("walking", steps, total)
 
-    batches = data.batches(domains, seed)
-    tap = None if residual is None else ResidualTap(batches)
-    with Walk(model, batches, compute.workers, tell) as walk:
+    def finished(index: int, outputs: Sequence[object]) -> None:
+        done(index)
+        if states is not None and index + 1 < len(model.layers):
+            states.save(index, outputs)
+
+    start = None if states is None else states.start
+    with Walk(model, data.batches(domains, seed), compute.workers, tell, start) as walk:
         opened(walk)
-        walk.layers(needs, visit, None if tap is None else tap.note)
-    if residual is not None and tap is not None:
-        residual(tap.result())
+        walk.layers(needs, visit, stream, finished)
