@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from moeprune.errors import MoepruneError, OutputError
-from moeprune.files import locked, new_directory, write_together
-from moeprune.work import WorkFolder, work_folder
+from moeprune.files import locked, new_directory, refuse_existing, write_together
+from moeprune.work import WorkFolder, refuse_finished, work_folder
 from support import tree
 
 IDENTITY = {"model": "abc", "options": {"tokens": 64}, "seed": 0}
@@ -158,3 +158,32 @@ def test_what_killed_processes_left_is_swept_and_what_lives_is_spared(tmp_path: 
         (first / "moeprune.json").write_text("first")
     write_together({file: b"x"})
     assert tree(tmp_path).keys() == {"out", "out/moeprune.json", "file"}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_cut_around_the_appearance_of_the_output(
+    tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "out", os.rename
+    refuse_finished(out, "writing")
+
+    def rename(old: Path, new: Path) -> None:
+        if when == "after":
+            real(old, new)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), work_folder(out, "writing", IDENTITY) as folder:
+        folder.write("output/moeprune.json", b"x")
+        monkeypatch.setattr(os, "rename", rename)
+        folder.publish()
+    monkeypatch.undo()
+    refuse_finished(out, "writing")
+    with work_folder(out, "writing", IDENTITY) as folder:
+        assert folder.published is (when == "after")
+        if not folder.published:
+            refuse_existing(out, force=False)
+            assert folder.find("output/moeprune.json")
+            folder.publish()
+    assert tree(tmp_path).keys() == {"out", "out/moeprune.json"}
+    with pytest.raises(OutputError, match="output exists"):
+        refuse_finished(out, "writing")

@@ -139,14 +139,24 @@ def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
         work = _temporary(path, ".partial", held, directory=True)
         try:
             yield work
-            for entry in sorted(work.rglob("*")):
-                fsync(entry)
-            os.chmod(work, 0o755)
-            refuse_existing(path, force)  # hours may have passed
-            _replace(work, path)
+            move_into_place(work, path, force)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
+
+
+def move_into_place(work: Path, path: Path, force: bool = False) -> None:
+    """Make a directory that is finished the output ``path``; both are on one disk.
+
+    Raises:
+        OutputError: ``path`` has appeared while ``work`` was made, and ``force`` was not given.
+    """
+    for entry in sorted(work.rglob("*")):
+        fsync(entry)
+    os.chmod(work, 0o755)
+    _sweep(path)
+    refuse_existing(path, force)  # hours may have passed
+    _replace(work, path)
 
 
 def _replace(work: Path, path: Path) -> None:

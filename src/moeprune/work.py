@@ -24,6 +24,8 @@ from moeprune.files import (
     json_bytes,
     load_json,
     locked,
+    move_into_place,
+    refuse_existing,
     remove_partial,
     sha256_bytes,
     sha256_file,
@@ -32,7 +34,7 @@ from moeprune.files import (
 
 FORMAT = "moeprune.work/1"
 STAGES = ("calibration", "plan", "writing", "evaluation")
-RUN, SUMS = "run.json", "sums"
+RUN, SUMS, OUTPUT, _PUBLISHING = "run.json", "sums", "output", "publishing"
 _MOST = 1 << 24
 _SHOWN = 3
 
@@ -42,12 +44,29 @@ class WorkFolder:
 
     Attributes:
         path: the directory.
+        out: the output.
         note: told, in a line, what was found damaged.
     """
 
-    def __init__(self, path: Path, note: Callable[[str], None] = lambda text: None) -> None:
-        self.path = path
-        self.note = note
+    def __init__(
+        self, path: Path, out: Path, note: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.path, self.out, self.note = path, out, note
+
+    @property
+    def output(self) -> Path:
+        """What ``publish`` makes the output; files in it are kept as ``output/name``, or not."""
+        return self.path / OUTPUT
+
+    @property
+    def published(self) -> bool:
+        """Whether the run was cut after its output had appeared, so that nothing is to be done."""
+        return (self.path / _PUBLISHING).exists() and not self.output.exists() and self.out.is_dir()
+
+    def publish(self, force: bool = False) -> None:
+        """Make ``output`` the output of the run; see ``move_into_place``."""
+        write_together({self.path / _PUBLISHING: b""}, force=True)
+        move_into_place(self.output, self.out, force)
 
     def names(self) -> list[str]:
         """The names of the files that were kept, sorted; whether they are whole is not checked."""
@@ -146,6 +165,19 @@ class WorkFolder:
         return self.path / SUMS / f"{name}.json"
 
 
+def refuse_finished(out: Path, stage: str, force: bool = False) -> None:
+    """``refuse_existing``, but for the rest of a run that was cut just after its output appeared.
+
+    To be called first; inside ``work_folder`` then follows ``published``, or ``refuse_existing``.
+    """
+    if not _folder_of(out, stage).is_dir():
+        refuse_existing(out, force)
+
+
+def _folder_of(out: Path, stage: str) -> Path:
+    return out.parent / f"{out.name}.{stage}"
+
+
 @contextmanager
 def work_folder(
     out: Path,
@@ -170,7 +202,7 @@ def work_folder(
         OutputError: another process works in it, or it was made from other inputs; the message
             says which. Also for any error of the disk inside the block.
     """
-    path = out.parent / f"{out.name}.{stage}"
+    path = _folder_of(out, stage)
     missing = [parent for parent in path.absolute().parents if not parent.exists()]
     before = path.is_dir()
     if not before and (path.exists() or path.is_symlink()):
@@ -179,7 +211,7 @@ def work_folder(
         raise OutputError(
             f"{path} is in the way, and does not look like ours", "remove it yourself"
         )
-    folder = WorkFolder(path, note)
+    folder = WorkFolder(path, out, note)
     try:
         with locked(path):
             _enter(folder, stage, json.loads(json_bytes(dict(identity))), force)
