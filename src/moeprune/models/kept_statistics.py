@@ -1,15 +1,12 @@
 """Statistics that are being collected, in a work folder: each layer's stand there once it is done.
 
-They are the very files of the finished directory, so that finishing is a matter of links and of the
-manifest. Beside each stands its entry of the manifest.
+They are the very files of the finished directory, so that finishing is a matter of its name and of
+the manifest. Entries of the manifest are kept with them.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -17,9 +14,9 @@ from torch import Tensor
 
 from moeprune.core.residual import Residual
 from moeprune.core.statistics import LayerStatistics
-from moeprune.files import json_bytes, new_directory, parse_json
+from moeprune.files import json_bytes, parse_json, write_together
 from moeprune.models.store import MANIFEST, manifest_bytes, statistics_file
-from moeprune.work import WorkFolder
+from moeprune.work import OUTPUT, WorkFolder
 
 
 class KeptStatistics:
@@ -36,9 +33,9 @@ class KeptStatistics:
     def save(self, statistics: LayerStatistics | Residual) -> None:
         """Keep statistics; they are on the disk, whole, when this returns."""
         name, tensors, told = statistics_file(statistics)
-        with self._folder.new_file(name) as part:
+        with self._folder.new_file(f"{OUTPUT}/{name}") as part:
             save_file(tensors, part)
-        entry = {"file": name, "sha256": self._folder.checksum(name), **told}
+        entry = {"file": name, "sha256": self._folder.checksum(f"{OUTPUT}/{name}"), **told}
         self._folder.write(_entry_of(name), json_bytes(entry))
         self._entries[name] = entry
 
@@ -46,10 +43,10 @@ class KeptStatistics:
         """Whether a layer's statistics are there, every byte as it was written."""
         name = f"layer-{layer:05d}.safetensors"
         told = self._folder.read(_entry_of(name))
-        if told is None or self._folder.find(name) is None:
+        if told is None or self._folder.find(f"{OUTPUT}/{name}") is None:
             return False
         entry = parse_json(told)
-        if entry["sha256"] != self._folder.checksum(name):
+        if entry["sha256"] != self._folder.checksum(f"{OUTPUT}/{name}"):
             return False  # interrupted between the two
         self._entries[name] = entry
         return True
@@ -67,23 +64,19 @@ class KeptStatistics:
             found.append((tensors["0"], tensors["1"]))
         return found
 
-    def publish(self, out: Path, header: Mapping[str, Any], force: bool) -> None:
-        """Make the directory of what was saved or found. The kept files stay until it is there.
+    def publish(self, header: Mapping[str, Any], force: bool) -> None:
+        """Make what was saved or found the output of the folder.
 
         Args:
-            out, header, force: as of ``writing_statistics``.
+            header, force: as of ``writing_statistics``.
         """
-        with new_directory(out, force) as work:
-            for name in self._entries:
-                try:
-                    os.link(self._folder.path / name, work / name)
-                except OSError:  # a file system without links
-                    shutil.copyfile(self._folder.path / name, work / name)
-            (work / MANIFEST).write_bytes(manifest_bytes(header, [*self._entries.values()]))
+        manifest = manifest_bytes(header, [*self._entries.values()])
+        write_together({self._folder.output / MANIFEST: manifest}, force=True)
+        self._folder.publish(force)
 
 
 def _entry_of(name: str) -> str:
-    return f"{name.removesuffix('.safetensors')}.json"
+    return f"entries/{name.removesuffix('.safetensors')}.json"
 
 
 def _point(number: int) -> str:

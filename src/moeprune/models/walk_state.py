@@ -78,7 +78,7 @@ def refusal(model: LayeredModel) -> str | None:
     """Why a walk through this model cannot go on in its middle; None if it can."""
     config = text_config(model.config)
     key, reason = quirks.STATE_ASIDE.get(config.model_type, ("", ""))
-    if reason and (not key or getattr(config, key, 0)):
+    if reason and (not key or getattr(config, key, None)):
         return reason
     if type(model.model).__module__.startswith("transformers_modules"):
         return "what the code in its checkpoint keeps between layers is not known"
@@ -93,7 +93,10 @@ class Pace:
     """
 
     spent: float = 0.0
-    last: float = field(default_factory=time.monotonic)
+    last: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.last = time.monotonic()
 
     def due(self) -> bool:
         """Whether as long has passed as the last writing allows."""

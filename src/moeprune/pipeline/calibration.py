@@ -33,7 +33,9 @@ from moeprune.pipeline.inputs import (
     silent,
     unheard,
 )
-from moeprune.work import work_folder
+from moeprune.work import refuse_finished, work_folder
+
+STAGE = "calibration"
 
 
 def calibrate(
@@ -55,7 +57,7 @@ def calibrate(
         MoepruneError: anything the user can mend; ``out`` is as it was before.
     """
     out = Path(out)
-    refuse_existing(out, force)
+    refuse_finished(out, STAGE, force)
     checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     refuse_source(checkpoint, out)
     model = compute.open(checkpoint)
@@ -71,30 +73,47 @@ def calibrate(
     }
     LayerStatistics.empty(next(iter(model.sites.values())).shape, needs)  # names are checked now
     identity = {**identify(model, domains, text.seed), "collect": header["collect"]}
-    with work_folder(out, "calibration", identity, force, note) as folder:
-        kept = KeptStatistics(folder)
-        tap = ResidualTap(data.batches(domains, text.seed)) if NAME in collect else None
-        states = _resumed(kept, tap, WalkStates(folder, model))
-        if states is not None:
-
-            def visit(site: MoESite, statistics: LayerStatistics) -> bool:
-                kept.save(statistics)
-                return False
-
-            def done(index: int) -> None:
-                for number, rows in enumerate([] if tap is None else tap.points):
-                    if number >= index:
-                        kept.save_point(number, rows)
-
-            stream = None if tap is None else tap.note
-            observe(
-                model, domains, compute, needs, visit, progress, text.seed,
-                stream=stream, done=done, states=states,
-            )  # fmt: skip
-        if tap is not None:
-            kept.save(tap.result())
-        kept.publish(out, header, force)
+    with work_folder(out, STAGE, identity, force, note) as folder:
+        if not folder.published:
+            refuse_existing(out, force)
+            kept = KeptStatistics(folder)
+            tap = ResidualTap(data.batches(domains, text.seed)) if NAME in collect else None
+            states = _resumed(kept, tap, WalkStates(folder, model))
+            if states is not None:
+                _walk(model, domains, compute, needs, progress, text.seed, kept, tap, states)
+            if tap is not None:
+                kept.save(tap.result())
+            kept.publish(header, force)
     return StatisticsStore.open(out)
+
+
+def _walk(
+    model: LayeredModel,
+    domains: Sequence[data.Domain],
+    compute: Compute,
+    needs: Sequence[str],
+    progress: Progress,
+    seed: int,
+    kept: KeptStatistics,
+    tap: ResidualTap | None,
+    states: WalkStates,
+) -> None:
+    """All layers that are left, each kept when it is done."""
+
+    def visit(site: MoESite, statistics: LayerStatistics) -> bool:
+        kept.save(statistics)
+        return False
+
+    def done(index: int) -> None:
+        for number, rows in enumerate([] if tap is None else tap.points):
+            if number >= index:
+                kept.save_point(number, rows)
+
+    stream = None if tap is None else tap.note
+    observe(
+        model, domains, compute, needs, visit, progress, seed,
+        stream=stream, done=done, states=states,
+    )  # fmt: skip
 
 
 def _resumed(
@@ -112,7 +131,7 @@ def _resumed(
         tap.points += points[: layers + 1]
     if reached == layers - 1:
         return None
-    start = states.resume(reached, "calibration")
+    start = states.resume(reached, STAGE)
     if tap is not None:
         del tap.points[0 if start is None else start.layer + 1 :]
     return states
