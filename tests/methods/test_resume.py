@@ -38,19 +38,25 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def stopping(after: int) -> Callable[[str, int, int], None]:
-    """Progress that interrupts a run as soon as it has done so many steps itself."""
+    """Progress that interrupts a run as soon as it has walked so many steps itself."""
     begun: list[int] = []
 
     def progress(what: str, done: int, total: int) -> None:
-        begun.append(done)
+        if what in ("walking", "evaluating"):
+            begun.append(done)
         if len(begun) > after:
             raise KeyboardInterrupt
 
     return progress
 
 
-def in_pieces(run: Callable[..., Any], steps: int) -> list[str]:
-    """Start ``run(progress, note)`` again and again, interrupted after so many steps each time.
+def behind_a_layer() -> Callable[[str, int, int], None]:
+    """Progress that interrupts a run in the layer behind the first one that it walks."""
+    return stopping(BATCHES)
+
+
+def in_pieces(run: Callable[..., Any], interrupting: Callable[[], Any]) -> list[str]:
+    """Start ``run(progress, note)`` again and again, interrupted by that progress each time.
 
     Returns:
         what was noted.
@@ -58,7 +64,7 @@ def in_pieces(run: Callable[..., Any], steps: int) -> list[str]:
     notes: list[str] = []
     for _ in range(50):
         try:
-            run(stopping(steps), notes.append)
+            run(interrupting(), notes.append)
         except KeyboardInterrupt:
             continue
         return notes
@@ -75,7 +81,7 @@ def calibrating(source: Path, out: Path, text: stages.Text, *more: str) -> Calla
 def check_calibration(source: Path, text: stages.Text, folder: Path, *more: str) -> list[str]:
     """Interrupted behind every layer or uninterrupted, the same; returns the notes."""
     calibrating(source, folder / "whole", text, *more)()
-    notes = in_pieces(calibrating(source, folder / "pieces", text, *more), BATCHES)
+    notes = in_pieces(calibrating(source, folder / "pieces", text, *more), behind_a_layer)
     assert tree(folder / "pieces") == tree(folder / "whole")
     assert sorted(path.name for path in folder.iterdir()) == ["pieces", "whole"]
     return notes

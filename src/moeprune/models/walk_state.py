@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -96,15 +96,20 @@ class Pace:
     last: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.last = time.monotonic()
+        self.last = self.now()
+
+    @staticmethod
+    def now() -> float:
+        """Seconds of its clock."""
+        return time.monotonic()
 
     def due(self) -> bool:
         """Whether as long has passed as the last writing allows."""
-        return self.spent <= _SHARE * (time.monotonic() - self.last)
+        return self.spent <= _SHARE * (self.now() - self.last)
 
     def written(self, began: float) -> None:
         """Note that what began then has been written now."""
-        self.last = time.monotonic()
+        self.last = self.now()
         self.spent = self.last - began
 
 
@@ -123,28 +128,44 @@ class WalkStates:
     model: LayeredModel
     name: str = "walk"
     start: Start | None = None
+    _all: int = -1
     _pace: Pace = field(default_factory=Pace)
     _ended: bool = False
 
-    def resume(self, reached: int, what: str) -> Start | None:
+    @property
+    def reached(self) -> int:
+        """The last layer that is done when the walk starts; -1 if none is."""
+        return self._all if self.start is None else self.start.layer
+
+    @property
+    def finished(self) -> bool:
+        """Whether no layer is left."""
+        return self._all == len(self.model.layers) - 1
+
+    def resume(self, has: Callable[[int], bool], what: str) -> Start | None:
         """Go on behind the newest whole state, if there is one; says so, or why there is none.
 
         Args:
-            reached: the last layer of which everything else is kept; -1 if none is.
+            has: whether all else that was made of a layer is kept.
             what: goes on, for the note.
         """
-        why = refusal(self.model) or "no state of it is kept"
+        layers = len(self.model.layers)
+        done = next((index for index in range(layers) if not has(index)), layers)
+        if done == layers:
+            self._all = layers - 1
+            return None
+        why = refusal(self.model) or "no state of the walk is kept"
         for layer in [] if refusal(self.model) else reversed(self.layers()):
-            file = self.folder.find(self._file(layer)) if layer <= reached else None
+            file = self.folder.find(self._file(layer)) if layer < done else None
             if file is not None:
                 self.start = Start(layer, file)
                 stopped = datetime.fromtimestamp(file.stat().st_mtime).strftime("%d %B, %H:%M")
                 self.folder.note(
-                    f"going on after {layer + 1} of {len(self.model.layers)} layers "
-                    f"({what} interrupted after {stopped})"
+                    f"going on after {layer + 1} of {layers} layers "
+                    f"({what} was interrupted after {stopped})"
                 )
                 return self.start
-        if reached >= 0:
+        if done:
             self.folder.note(f"{what} walks all layers again: {why}")
         return None
 
@@ -164,7 +185,7 @@ class WalkStates:
         """
         if self._ended or refusal(self.model) or not (always or self._pace.due()):
             return
-        began = time.monotonic()
+        began = self._pace.now()
         try:
             with self.folder.new_file(self._file(layer)) as part:
                 write_file(part, list(_pieces(outputs)))
@@ -178,6 +199,11 @@ class WalkStates:
         for old in self.layers()[:-_KEPT]:
             self.folder.remove(self._file(old))
         self._pace.written(began)
+
+    def clear(self) -> None:
+        """Forget all states: what they were kept for is done."""
+        for layer in self.layers():
+            self.folder.remove(self._file(layer))
 
     def _file(self, layer: int) -> str:
         return f"{self.name}/layer-{layer:05d}.safetensors"

@@ -78,8 +78,9 @@ def calibrate(
             refuse_existing(out, force)
             kept = KeptStatistics(folder)
             tap = ResidualTap(data.batches(domains, text.seed)) if NAME in collect else None
-            states = _resumed(kept, tap, WalkStates(folder, model))
-            if states is not None:
+            states = WalkStates(folder, model)
+            _resume(kept, tap, states)
+            if not states.finished:
                 _walk(model, domains, compute, needs, progress, text.seed, kept, tap, states)
             if tap is not None:
                 kept.save(tap.result())
@@ -116,25 +117,19 @@ def _walk(
     )  # fmt: skip
 
 
-def _resumed(
-    kept: KeptStatistics, tap: ResidualTap | None, states: WalkStates
-) -> WalkStates | None:
-    """Where a calibration goes on; None if no layer is left."""
-    layers = len(states.model.layers)
-    missing = (i for i in range(layers) if i in states.model.sites and not kept.has(i))
-    reached = next(missing, layers) - 1
+def _resume(kept: KeptStatistics, tap: ResidualTap | None, states: WalkStates) -> None:
+    """Find out where a calibration goes on."""
+    model = states.model
+    points = [] if tap is None else kept.points()
+
+    def has(index: int) -> bool:
+        last = index == len(model.layers) - 1
+        whole = tap is None or len(points) > index + last  # of the last one, what it hands on too
+        return whole and (index not in model.sites or kept.has(index))
+
+    states.resume(has, STAGE)
     if tap is not None:
-        points = kept.points()
-        reached = min(reached, len(points) - 1)
-        if reached == layers - 1 and len(points) == layers:
-            reached -= 1  # the stream behind the last layer is missing
-        tap.points += points[: layers + 1]
-    if reached == layers - 1:
-        return None
-    start = states.resume(reached, STAGE)
-    if tap is not None:
-        del tap.points[0 if start is None else start.layer + 1 :]
-    return states
+        tap.points += points[: states.reached + 1 + states.finished]
 
 
 def identify(model: LayeredModel, domains: Sequence[data.Domain], seed: int) -> dict[str, Any]:
