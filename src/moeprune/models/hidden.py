@@ -103,6 +103,13 @@ class HiddenStates:
             for place in self._owned[owner]:
                 place.leave(self._file.fileno())
 
+    def rest_all(self) -> None:
+        """The same for all batches."""
+        with self._lock:
+            self._collect()
+            for place in self._live.values():
+                place.leave(self._file.fileno())
+
     def close(self) -> None:
         """Give the file up; its bytes are gone when the last tensor on it is."""
         self._free.clear()
