@@ -84,6 +84,7 @@ def calibrate(
             parse_compute(dtype, device, workers, trust_remote_code),
             force,
             progress,
+            output.note,
         )
     output.tell_default_text(model, data)
     if as_json:
@@ -161,8 +162,10 @@ def plan(
             progress,
             uniform,
             parse_constraints(pin, forbid, protect_super),
+            out=out,
+            force=force,
+            note=output.note,
         )
-    stages.save_plan(made, out, force)
     if statistics is None and made.statistics:
         output.tell_default_text(model, data)
     output.tell_warnings(made.warnings)

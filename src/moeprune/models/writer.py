@@ -181,7 +181,7 @@ class Shards:
 
     def write(self, name: str, pieces: Sequence[Piece], tell: Callable[[int], None]) -> str:
         """Write a shard; returns its SHA-256."""
-        return write_shard(self.directory / name, pieces, tell)
+        return write_file(self.directory / name, pieces, tell)
 
 
 class KeptShards(Shards):
@@ -201,7 +201,7 @@ class KeptShards(Shards):
         key = f"{OUTPUT}/{name}"
         part = self._folder.temporary(key)
         try:
-            checksum = write_shard(part, pieces, tell)
+            checksum = write_file(part, pieces, tell)
             self._folder.keep(key, part, checksum)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -297,7 +297,9 @@ class _Summing:
         batch.clear()
 
 
-def write_shard(file: Path, pieces: Sequence[Piece], tell: Callable[[int], None]) -> str:
+def write_file(
+    file: Path, pieces: Sequence[Piece], tell: Callable[[int], None] = lambda nbytes: None
+) -> str:
     """Write one safetensors file; on the disk when this returns.
 
     ``tell`` is told bytes of data. Returns the file's SHA-256.
