@@ -69,11 +69,6 @@ class _Group:
     prefix: tuple[str, ...] = ()
     peak: str = ""
 
-    def join(self) -> None:
-        """Called in the child before the command."""
-        if self.folder is not None:
-            (self.folder / "cgroup.procs").write_text(str(os.getpid()))
-
     def peak_of_group(self) -> int | None:
         try:
             return int((self.folder / self.peak).read_text()) if self.folder is not None else None
@@ -105,7 +100,8 @@ def _group(limit: int) -> Iterator[_Group]:
             (folder / files[0]).write_text(str(limit))
             if (folder / files[1]).is_file():  # no swap
                 (folder / files[1]).write_text("0" if "swap" in files[1] else str(limit))
-            yield _Group(how, folder, peak=peak)
+            join = ("sh", "-c", 'echo $$ > "$0" && exec "$@"', str(folder / "cgroup.procs"))
+            yield _Group(how, folder, join, peak)
             return
         except OSError:
             continue
@@ -150,9 +146,7 @@ def run(command: Sequence[str], limit: int) -> Cost:
     """
     with _group(limit) as group:
         start = time.perf_counter()
-        process = subprocess.Popen(
-            [*group.prefix, *command], stdout=subprocess.PIPE, preexec_fn=group.join, text=True
-        )
+        process = subprocess.Popen([*group.prefix, *command], stdout=subprocess.PIPE, text=True)
         watch = _Watch(process.pid)
         assert process.stdout is not None
         output = process.stdout.read()

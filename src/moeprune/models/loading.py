@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -29,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from moeprune.errors import CheckpointError, MoepruneError, UnsupportedModelError
 from moeprune.models import uneven_runtime
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.fused import Fused, fill, find_fused, kept_wider, readable
 from moeprune.models.generated import own_class
 from moeprune.models.native import (
     first_line,
@@ -134,6 +135,7 @@ class LayeredModel:
         self.sites: dict[int, MoESite] = find_sites(self.model, self.prefix)
         self._mapping = get_model_conversion_mapping(self.model, None, None)
         self._names = self._in_memory_names()
+        self._fused: dict[str, Fused] | None = None
         self._resident = False
         self._restore: dict[int, Callable[[], None]] = {}
         # loading one layer goes over all modules while another may be edited or freed
@@ -229,6 +231,35 @@ class LayeredModel:
                         meta = torch.empty_like(p, device="meta")
                         module._parameters[name] = nn.Parameter(meta, requires_grad=False)
 
+    def _fill(self, group: int, plan: Any) -> dict[str, Tensor]:
+        """The parameters of a layer that are filled in place, under their names in the model."""
+        state = self.model.state_dict()
+        if self._fused is None:
+            infos = self.checkpoint.tensors
+            shapes = {key: info.shape for key, info in infos.items()}
+            shapes |= {key: weight.shape for key, weight in self.quantisation.weights.items()}
+            fused = find_fused(self._names, self.converter, shapes, state)
+            self._fused = {
+                name: found
+                for name, found in fused.items()
+                if self._stays(name, state) and readable(found, self.checkpoint, self.quantisation)
+            }
+        chosen = [
+            found
+            for name, found in self._fused.items()
+            if self.group(name) == group and not kept_wider(name, plan or {})
+        ]
+        dtypes = {found.name: state[found.name].dtype for found in chosen}
+        return fill(chosen, self.checkpoint, self.quantisation, dtypes, self.device)
+
+    def _stays(self, name: str, state: Any) -> bool:
+        """Whether transformers takes a parameter under its own name as it is."""
+        renamings = [w for w in self._mapping if isinstance(w, WeightRenaming)]
+        converters = [w for w in self._mapping if isinstance(w, WeightConverter)]
+        base = self.model.base_model_prefix
+        renamed, pattern = rename_source_key(name, renamings, converters, base, state)
+        return bool(renamed == name and pattern is None)
+
     def load_shapes(self) -> Any:
         """Run transformers' own conversion on shapes alone; nothing is read.
 
@@ -263,15 +294,19 @@ class LayeredModel:
             for key, (name, _) in self._names.items()
             if name is not None and self.group(name) == group
         ]
+        plan = self.model._get_dtype_plan(self.dtype)
         config = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
             weight_mapping=self._mapping,
-            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            dtype_plan=plan,
         )
         try:
             # opened per layer, so that mapped pages of earlier layers do not stay resident
-            state = lazy_state(self.checkpoint, self.quantisation, keys, self.dtype)
+            whole = self._fill(group, plan)
+            keys = [key for key in keys if self._names[key][0] not in whole]
+            state = lazy_state(self.checkpoint, self.quantisation, keys, self.dtype) | whole
+            whole.clear()
             with quiet_transformers():
                 info, _ = convert_and_load_state_dict_in_model(self.model, state, config, None)
         except SafetensorError as error:
