@@ -59,8 +59,8 @@ def find_fused(
     converter: Callable[[str], Any],
     shapes: Mapping[str, tuple[int, ...]],
     state: Mapping[str, Tensor],
-) -> dict[str, Fused]:
-    """The parameters that can be filled in place, by name.
+) -> list[Fused]:
+    """The parameters that can be filled in place.
 
     Args:
         names: disk name -> (parameter, pattern of its conversion).
@@ -75,7 +75,7 @@ def find_fused(
     patterns: dict[str, list[str]] = {}
     for name, pattern in groups:
         patterns.setdefault(name, []).append(pattern)
-    found = {}
+    found = []
     for name, its in patterns.items():
         conversion = converter(its[0])
         if not _stacks(conversion) or {*its} != {*conversion.source_patterns}:
@@ -83,7 +83,7 @@ def find_fused(
         keys = [sorted(groups[name, p], key=dot_natural_key) for p in conversion.source_patterns]
         fused = _fused(name, keys, shapes, tuple(state[name].shape))
         if fused is not None:
-            found[name] = fused
+            found.append(fused)
     return found
 
 

@@ -67,7 +67,10 @@ def calibrate(
             return False
 
         angles = save if NAME in collect else None
-        observe(model, domains, compute, needs, visit, progress, text.seed, residual=angles)
+        observe(
+            model, domains, compute, needs, visit, progress, text.seed, residual=angles,
+            chunks=True,
+        )  # fmt: skip
     return StatisticsStore.open(out)
 
 
@@ -81,12 +84,14 @@ def observe(
     seed: int = 0,
     opened: Callable[[Walk], None] = lambda walk: None,
     residual: Callable[[Residual], None] | None = None,
+    chunks: bool = False,
 ) -> None:
     """Walk ``model`` over ``domains`` and show ``visit`` every MoE layer with its statistics.
 
     If ``visit`` returns True it has changed the layer's weights, and the layers behind it see that.
     ``opened`` gets the walk before it starts: ``visit`` can let it run the layer again.
     ``residual`` gets the angles of the residual stream, which are collected for it.
+    ``chunks`` is as in ``Walk``: for visits that look at statistics alone.
     """
 
     def tell(done: int, total: int) -> None:
@@ -94,7 +99,7 @@ def observe(
 
     batches = data.batches(domains, seed)
     tap = None if residual is None else ResidualTap(batches)
-    with Walk(model, batches, compute.workers, tell) as walk:
+    with Walk(model, batches, compute.workers, tell, needs, chunks) as walk:
         opened(walk)
         walk.layers(needs, visit, None if tap is None else tap.note)
     if residual is not None and tap is not None:
