@@ -44,7 +44,7 @@ def commands(model: Path, work: Path, args: argparse.Namespace) -> dict[str, lis
         "calibrate": [str(model), "--out", stats, *text, *memory],
         "plan": [str(model), *method, "--statistics", stats, "--out", plan],
         "apply": [str(model), "--plan", plan, "--out", out],
-        "verify": [out, "--against", str(model)],
+        "verify": [out, "--against", str(model), *memory],
     }
 
 
@@ -118,7 +118,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--limit", default="6GiB")
-    parser.add_argument("--memory", help="handed on to moeprune calibrate")
+    parser.add_argument("--memory", help="handed on to calibrate and verify")
     parser.add_argument("--method", default="reap")
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--sequences", type=int, default=16)
