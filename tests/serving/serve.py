@@ -16,6 +16,7 @@ import json
 import os
 import resource
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def main(jobs: Path) -> None:
         try:
             result = generate(job)
         except Exception as error:  # run.py says what it means
+            traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}
         Path(job["result"]).write_text(json.dumps(result))
         print("done:", job["result"], f"{peak_mebibytes()} MiB", flush=True)
