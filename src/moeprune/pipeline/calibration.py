@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from moeprune.core.accumulators import LIGHT, Routing
 from moeprune.core.residual import NAME, Residual
 from moeprune.core.statistics import LayerStatistics
+from moeprune.errors import DataError
 from moeprune.files import refuse_existing
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import refuse
 from moeprune.models.loading import LayeredModel
+from moeprune.models.ranks import Ranks
 from moeprune.models.residual import ResidualTap
 from moeprune.models.sites import MoESite
 from moeprune.models.store import StatisticsStore, writing_statistics
@@ -44,8 +47,9 @@ def calibrate(
     Raises:
         MoepruneError: anything the user can mend; nothing is left behind.
     """
-    out = Path(out)
-    refuse_existing(out, force)
+    out, ranks = Path(out), compute.ranks
+    if ranks.first:
+        refuse_existing(out, force)
     checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     refuse_source(checkpoint, out)
     model = compute.open(checkpoint)
@@ -60,7 +64,7 @@ def calibrate(
         "collect": sorted({*collect, *needs}),
     }
     LayerStatistics.empty(next(iter(model.sites.values())).shape, needs)  # names are checked now
-    with writing_statistics(out, header, force) as save:
+    with writing_statistics(out, header, force) if ranks.first else nullcontext(_drop) as save:
 
         def visit(site: MoESite, statistics: LayerStatistics) -> bool:
             save(statistics)
@@ -68,7 +72,12 @@ def calibrate(
 
         angles = save if NAME in collect else None
         observe(model, domains, compute, needs, visit, progress, text.seed, residual=angles)
-    return StatisticsStore.open(out)
+    ranks.barrier()  # rank 0 has written them
+    return StatisticsStore.open(out) if ranks.first else StatisticsStore(out)
+
+
+def _drop(statistics: LayerStatistics | Residual) -> None:
+    """In all ranks but the first, which writes what all have."""
 
 
 def observe(
@@ -92,10 +101,40 @@ def observe(
     def tell(done: int, total: int) -> None:
         progress("walking", done, total)
 
+    ranks = compute.ranks
     batches = data.batches(domains, seed)
-    tap = None if residual is None else ResidualTap(batches)
-    with Walk(model, batches, compute.workers, tell) as walk:
+    own = run_of_batches(len(batches), ranks)
+    tap = None if residual is None else ResidualTap(batches[own])
+
+    def between(states: Sequence[object]) -> None:
+        ranks.barrier()  # those of one machine read a layer at the same time: from disk once
+        if tap is not None:
+            tap.note(states)
+
+    with Walk(model, batches[own], compute.workers, tell, ranks=ranks, offset=own.start) as walk:
         opened(walk)
-        walk.layers(needs, visit, None if tap is None else tap.note)
+        walk.layers(needs, visit, None if tap is None and ranks.size == 1 else between)
     if residual is not None and tap is not None:
-        residual(tap.result())
+        residual(_merged(ranks.gather(tap.result())))
+
+
+def run_of_batches(count: int, ranks: Ranks) -> slice:
+    """Which batches are this process's own.
+
+    Raises:
+        DataError: there is not one for each.
+    """
+    if count < ranks.size:
+        raise DataError(
+            f"{ranks.size} processes share {count} batches of {data.TOKENS_PER_BATCH} tokens",
+            f"start at most {count} processes, or give more --sequences",
+        )
+    return ranks.run_of(count)
+
+
+def _merged(parts: Sequence[Residual]) -> Residual:
+    """In order of ranks, which is that of the text."""
+    total = parts[0]
+    for part in parts[1:]:
+        total.merge(part)
+    return total
