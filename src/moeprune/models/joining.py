@@ -8,7 +8,7 @@ its connections, which ends the others as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -149,10 +149,8 @@ class Joined(Ranks):
             said = (error.problem, error.hint)
         else:
             said = (f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "")
-        try:
+        with suppress(MoepruneError):
             self._round("failed", None, said)
-        except MoepruneError:
-            pass
 
 
 @dataclass(frozen=True)

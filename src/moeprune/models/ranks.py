@@ -125,7 +125,7 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
     if me.size == 1:
         yield ALONE
         return
-    from moeprune.models.joining import world
+    from moeprune.models.joining import world  # noqa: PLC0415  (not for a world of one)
 
     with world(me, device) as ranks:
         yield ranks

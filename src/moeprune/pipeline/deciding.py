@@ -20,6 +20,7 @@ from moeprune.models.sites import MoESite
 from moeprune.models.walk import Walk
 from moeprune.pipeline.calibration import observe
 from moeprune.pipeline.inputs import Compute, Progress, Text, read_calibration
+from moeprune.pipeline.spreading import check_agreement, plan_together
 from moeprune.pipeline.views import Views
 
 
@@ -53,8 +54,8 @@ class Decider:
         context = replace(self.context, budget=budget, warn=warn)
         if self.method.sequential:
             return self._sequentially(context)
-        layers = self.method.plan_model(self.views, context)
-        return _equalised(self.method, layers, self.views, context) if self.uniform else layers
+        layers = plan_together(self.method, self.views, context, self.compute.ranks)
+        return self._equalised(layers, context) if self.uniform else layers
 
     def _sequentially(self, context: Context) -> dict[int, LayerPlan]:
         method, model = self.method, self.model
@@ -82,6 +83,7 @@ class Decider:
                 dense=dense.get(site.shape.layer),
             )
             layer = method.plan_layer(view, context)
+            check_agreement(layer, self.compute.ranks)
             layers[site.shape.layer] = layer
             edit_in_memory(model, site, layer)
             return True
@@ -96,20 +98,18 @@ class Decider:
         self.facts = {"data": described, "dtype": str(model.dtype).removeprefix("torch.")}
         return layers
 
-
-def _equalised(
-    method: Method, layers: dict[int, LayerPlan], views: Views, context: Context
-) -> dict[int, LayerPlan]:
-    """``layers``, or if they keep different numbers of experts, a plan that keeps their mean."""
-    counts = [len(layer.keep) for layer in layers.values()]
-    if len(set(counts)) == 1:
-        return layers
-    shape = min((view.shape for view in views), key=lambda shape: shape.experts)
-    step = math.lcm(shape.groups, context.budget.multiple_of)
-    keep = next_multiple(math.ceil(sum(counts) / len(counts)), step, shape)
-    context.warn(
-        f"{context.budget} keeps between {min(counts)} and {max(counts)} experts per layer; "
-        f"made uniform: {keep} in every layer"
-    )
-    budget = Budget(keep=keep, multiple_of=context.budget.multiple_of)
-    return method.per_layer().plan_model(views, replace(context, budget=budget))
+    def _equalised(self, layers: dict[int, LayerPlan], context: Context) -> dict[int, LayerPlan]:
+        """``layers``, or if they keep different numbers of experts, a plan that keeps their mean."""
+        counts = [len(layer.keep) for layer in layers.values()]
+        if len(set(counts)) == 1:
+            return layers
+        shape = min(self.views.shapes, key=lambda shape: shape.experts)
+        step = math.lcm(shape.groups, context.budget.multiple_of)
+        keep = next_multiple(math.ceil(sum(counts) / len(counts)), step, shape)
+        context.warn(
+            f"{context.budget} keeps between {min(counts)} and {max(counts)} experts per layer; "
+            f"made uniform: {keep} in every layer"
+        )
+        budget = Budget(keep=keep, multiple_of=context.budget.multiple_of)
+        context = replace(context, budget=budget)
+        return plan_together(self.method.per_layer(), self.views, context, self.compute.ranks)
