@@ -181,7 +181,7 @@ def test_cut_around_the_appearance_of_the_output(
     with work_folder(out, "writing", IDENTITY) as folder:
         assert folder.published is (when == "after")
         if not folder.published:
-            refuse_existing(out)
+            refuse_existing(out, force=False)
             assert folder.find("output/moeprune.json")
             folder.publish()
     assert tree(tmp_path).keys() == {"out", "out/moeprune.json"}

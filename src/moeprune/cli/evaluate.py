@@ -95,6 +95,8 @@ def evaluate(
             sections,
             smallest,
         )
+    if not together.ranks().first:
+        return
     if card:
         output.note(f"wrote {write_measured(model, result)}")
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from moeprune.cli import output
+from moeprune.cli import output, together
 from moeprune.cli.options import (
     AsJson,
     Data,
@@ -84,7 +84,10 @@ def calibrate(
             parse_compute(dtype, device, workers, trust_remote_code),
             force,
             progress,
+            output.note,
         )
+    if not together.ranks().first:
+        return
     output.tell_default_text(model, data)
     if as_json:
         output.print_json({"path": str(out), **store.manifest})
@@ -147,7 +150,8 @@ def plan(
     from moeprune.models.store import refuse_existing_plan
     from moeprune.pipeline import stages
 
-    refuse_existing_plan(out, force)
+    if together.ranks().first:
+        refuse_existing_plan(out, force)
     with output.progress_bars() as progress:
         made = stages.plan(
             model,
@@ -162,6 +166,8 @@ def plan(
             uniform,
             parse_constraints(pin, forbid, protect_super),
         )
+    if not together.ranks().first:
+        return
     stages.save_plan(made, out, force)
     if statistics is None and made.statistics:
         output.tell_default_text(model, data)

@@ -191,14 +191,14 @@ def _tensors(part: LayerStatistics) -> list[tuple[str, str, Tensor]]:
 
 
 @contextmanager
-def world(me: Ranks, device: str) -> Iterator[Joined]:
+def world(me: Ranks) -> Iterator[Joined]:
     """The processes that were launched with this one, connected."""
-    cuda = torch.device(device).type == "cuda"
     ours = not dist.is_initialized()
+    cuda = torch.cuda.is_available() and dist.is_nccl_available()
     share_cores(me.local_size)
+    if cuda and me.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(me.local_rank)
     if ours:
-        if cuda:
-            torch.cuda.set_device(me.local_rank)
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_LONGEST)
         except (RuntimeError, ValueError) as error:

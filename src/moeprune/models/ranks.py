@@ -109,14 +109,11 @@ def launched() -> Ranks:
 
 
 @contextmanager
-def joined(device: str = "cpu") -> Iterator[Ranks]:
+def joined() -> Iterator[Ranks]:
     """The world that this process was launched into, for as long as the block runs.
 
     If the block fails in one process, it fails in all of them. Each process takes its share of the
     machine's cores.
-
-    Args:
-        device: ``cpu``, or ``cuda``: the processes talk over the network between its devices, too.
 
     Raises:
         MoepruneError: the others cannot be reached.
@@ -127,5 +124,5 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
         return
     from moeprune.models.joining import world  # noqa: PLC0415  (not for a world of one)
 
-    with world(me, device) as ranks:
+    with world(me) as ranks:
         yield ranks

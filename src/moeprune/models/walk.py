@@ -27,6 +27,7 @@ from moeprune.models.lockstep import Job, Lockstep
 from moeprune.models.observe import Collector, observed
 from moeprune.models.ranks import ALONE, Ranks
 from moeprune.models.sites import MoESite
+from moeprune.models.walk_state import Start
 
 # Half-precision matrix products on the CPU are compiled once per shape and kept, half a megabyte
 # each, 1024 by default. The number of rows per expert differs with every batch, so most are used
@@ -86,6 +87,7 @@ class Walk:
         batches: what goes through.
         workers: batches that compute at once; 0 takes one per core on the CPU, one on a GPU.
         progress: told after every batch of every layer.
+        start: goes on behind a layer whose outputs were kept; None starts before the first.
         ranks: who has the other batches; statistics are of all of them.
         offset: how many batches the ranks before this one have.
 
@@ -97,6 +99,7 @@ class Walk:
     batches: Sequence[Batch]
     workers: int = 0
     progress: Progress = lambda done, total: None
+    start: Start | None = None
     ranks: Ranks = ALONE
     offset: int = 0
     _stack: ExitStack = field(default_factory=ExitStack)
@@ -108,9 +111,15 @@ class Walk:
         inputs = [batch.inputs(self.model.device) for batch in self.batches]
         self._stack.callback(self._free_all)
         self._loader = self._stack.enter_context(ThreadPoolExecutor(1, "moeprune-loader"))
+        start = self.start
+        passing = () if start is None else (start.layer, start.pass_on)
         self._lockstep = self._stack.enter_context(
-            Lockstep(self.model.model, self.model.layers, inputs, workers)
+            Lockstep(self.model.model, self.model.layers, inputs, workers, *passing)
         )
+        if start is not None:
+            for job in self._lockstep.jobs:  # all stand at the layer that is done
+                job.output = start.output(job.index, self.model.device)
+            self._steps = (start.layer + 1) * len(self.batches)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -125,14 +134,16 @@ class Walk:
         needs: Sequence[str] = (),
         visit: Callable[[MoESite, LayerStatistics], bool] | None = None,
         stream: Callable[[Sequence[object]], None] | None = None,
+        done: Callable[[int, Sequence[object]], None] = lambda index, outputs: None,
     ) -> None:
-        """Run all decoder layers.
+        """Run all decoder layers, or those that are left behind ``start``.
 
         Args:
             needs: accumulators to collect in the MoE layers; none runs the model's own experts.
             visit: called for each MoE layer with its statistics, its weights in memory. If it
                 returns True it has changed them, and the layer runs again before the next one.
             stream: gets the residual stream of all batches before every layer, and after the last.
+            done: told that a layer is done, and what it made of all batches.
         """
         for index in self.standing():
             if stream is not None:
@@ -140,14 +151,20 @@ class Walk:
             self._run(index, needs, visit)
             if index + 1 == len(self.model.layers) and stream is not None:
                 stream([job.output for job in self._lockstep.jobs])
+            done(index, [job.output for job in self._lockstep.jobs])
 
     def standing(self) -> Generator[int, None, None]:
         """Every decoder layer in turn: its weights are in memory and all batches stand before it.
 
         Whoever iterates computes the layer, with ``run`` for example, before going on.
         """
-        following: Future[None] = self._loader.submit(self._load, 0)
-        for index in range(len(self.model.layers)):
+        first = 0 if self.start is None else self.start.layer + 1
+        if first == len(self.model.layers):
+            return
+        following: Future[None] = self._loader.submit(self._load, first)
+        if first:
+            self._lockstep.advance()
+        for index in range(first, len(self.model.layers)):
             following.result()
             if index + 1 < len(self.model.layers):
                 following = self._loader.submit(self._load, index + 1)

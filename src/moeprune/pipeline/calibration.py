@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from moeprune.core.accumulators import LIGHT, Routing
-from moeprune.core.residual import NAME, Residual
+from moeprune.core.residual import NAME
 from moeprune.core.statistics import LayerStatistics
-from moeprune.errors import DataError
 from moeprune.files import refuse_existing
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.kept_statistics import KeptStatistics
 from moeprune.models.layout import refuse
 from moeprune.models.loading import LayeredModel
-from moeprune.models.ranks import Ranks
 from moeprune.models.residual import ResidualTap
 from moeprune.models.sites import MoESite
-from moeprune.models.store import StatisticsStore, writing_statistics
+from moeprune.models.store import StatisticsStore, versions
 from moeprune.models.walk import Walk
+from moeprune.models.walk_state import WalkStates
 from moeprune.pipeline.inputs import (
     Compute,
+    Note,
     Progress,
     Source,
     Text,
@@ -30,7 +31,12 @@ from moeprune.pipeline.inputs import (
     read_calibration,
     refuse_source,
     silent,
+    unheard,
 )
+from moeprune.pipeline.sharing import drop_others, kept_by, merged, own_batches
+from moeprune.work import refuse_finished, work_folder
+
+STAGE = "calibration"
 
 
 def calibrate(
@@ -41,15 +47,19 @@ def calibrate(
     compute: Compute = Compute(),
     force: bool = False,
     progress: Progress = silent,
+    note: Note = unheard,
 ) -> StatisticsStore:
     """Walk the model over calibration text and save the statistics of every MoE layer.
 
+    What is done is kept in ``<out>.calibration`` until ``out`` appears; the same call goes on from
+    it, and ends with the same bytes as one that was never interrupted.
+
     Raises:
-        MoepruneError: anything the user can mend; nothing is left behind.
+        MoepruneError: anything the user can mend; ``out`` is as it was before.
     """
     out, ranks = Path(out), compute.ranks
     if ranks.first:
-        refuse_existing(out, force)
+        refuse_finished(out, STAGE, force)
     checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     refuse_source(checkpoint, out)
     model = compute.open(checkpoint)
@@ -64,20 +74,91 @@ def calibrate(
         "collect": sorted({*collect, *needs}),
     }
     LayerStatistics.empty(next(iter(model.sites.values())).shape, needs)  # names are checked now
-    with writing_statistics(out, header, force) if ranks.first else nullcontext(_drop) as save:
+    identity = {**identify(model, domains, text.seed), "collect": header["collect"]}
+    with work_folder(*kept_by(out, STAGE, ranks, identity), force, note) as folder:
+        if not ranks.broadcast(folder.published):
+            if ranks.first:
+                refuse_existing(out, force)
+            kept, states = KeptStatistics(folder), WalkStates(folder, model, ranks=ranks)
+            batches, _ = own_batches(domains, text.seed, ranks)
+            tap = ResidualTap(batches) if NAME in collect else None
+            if _resumed(kept, tap, states):
+                _walk(model, domains, compute, needs, progress, text.seed, kept, tap, states)
+            if tap is not None:
+                angles = merged(ranks.gather(tap.result()))
+                if ranks.first:
+                    kept.save(angles)
+            if ranks.first:
+                kept.publish(header, force)
+            ranks.barrier()  # what the others keep is needed until then
+    if not ranks.first:
+        return StatisticsStore(out)
+    drop_others(out, STAGE)
+    return StatisticsStore.open(out)
 
-        def visit(site: MoESite, statistics: LayerStatistics) -> bool:
-            save(statistics)
-            return False
 
-        angles = save if NAME in collect else None
-        observe(model, domains, compute, needs, visit, progress, text.seed, residual=angles)
-    ranks.barrier()  # rank 0 has written them
-    return StatisticsStore.open(out) if ranks.first else StatisticsStore(out)
+def _walk(
+    model: LayeredModel,
+    domains: Sequence[data.Domain],
+    compute: Compute,
+    needs: Sequence[str],
+    progress: Progress,
+    seed: int,
+    kept: KeptStatistics,
+    tap: ResidualTap | None,
+    states: WalkStates,
+) -> None:
+    """All layers that are left, each kept when it is done."""
+
+    def visit(site: MoESite, statistics: LayerStatistics) -> bool:
+        if compute.ranks.first:
+            kept.save(statistics)
+        return False
+
+    def done(index: int) -> None:
+        for number, rows in enumerate([] if tap is None else tap.points):
+            if number >= index:
+                kept.save_point(number, rows)
+
+    stream = None if tap is None else tap.note
+    observe(
+        model, domains, compute, needs, visit, progress, seed,
+        stream=stream, done=done, states=states,
+    )  # fmt: skip
 
 
-def _drop(statistics: LayerStatistics | Residual) -> None:
-    """In all ranks but the first, which writes what all have."""
+def _resumed(kept: KeptStatistics, tap: ResidualTap | None, states: WalkStates) -> bool:
+    """Whether there are layers left; ``states`` and ``tap`` then know where it goes on."""
+    layers = len(states.model.layers)
+    own = range(layers if states.ranks.first else 0)  # rank 0 keeps the statistics of all
+    missing = (i for i in own if i in states.model.sites and not kept.has(i))
+    reached = next(missing, layers) - 1
+    if tap is not None:
+        points = kept.points()
+        reached = min(reached, len(points) - 1)
+        if reached == layers - 1 and len(points) == layers:
+            reached -= 1  # the stream behind the last layer is missing
+        tap.points += points[: layers + 1]
+    reached = min(states.ranks.gather(reached))
+    if reached == layers - 1:
+        return False
+    start = states.resume(reached, STAGE)
+    if tap is not None:
+        del tap.points[0 if start is None else start.layer + 1 :]
+    return True
+
+
+def identify(model: LayeredModel, domains: Sequence[data.Domain], seed: int) -> dict[str, Any]:
+    """What decides every number of a walk, for ``work_folder``."""
+    return {
+        "model": model.checkpoint.fingerprint,
+        "text": data.describe(domains)["hash"],
+        "length": data.describe(domains)["length"],
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "versions": versions(),
+    }
 
 
 def observe(
@@ -89,52 +170,34 @@ def observe(
     progress: Progress = silent,
     seed: int = 0,
     opened: Callable[[Walk], None] = lambda walk: None,
-    residual: Callable[[Residual], None] | None = None,
+    stream: Callable[[Sequence[object]], None] | None = None,
+    done: Callable[[int], None] = lambda index: None,
+    states: WalkStates | None = None,
 ) -> None:
     """Walk ``model`` over ``domains`` and show ``visit`` every MoE layer with its statistics.
 
     If ``visit`` returns True it has changed the layer's weights, and the layers behind it see that.
     ``opened`` gets the walk before it starts: ``visit`` can let it run the layer again.
-    ``residual`` gets the angles of the residual stream, which are collected for it.
+    ``stream`` is as in ``Walk.layers``; ``done`` is told every layer that is done. With ``states``
+    the walk begins at their start, and they keep what layers make of the text, after ``done``.
     """
 
-    def tell(done: int, total: int) -> None:
-        progress("walking", done, total)
+    def tell(steps: int, total: int) -> None:
+        progress("walking", steps, total)
 
-    ranks = compute.ranks
-    batches = data.batches(domains, seed)
-    own = run_of_batches(len(batches), ranks)
-    tap = None if residual is None else ResidualTap(batches[own])
+    def finished(index: int, outputs: Sequence[object]) -> None:
+        done(index)
+        if states is not None and index + 1 < len(model.layers):
+            states.save(index, outputs)
 
-    def between(states: Sequence[object]) -> None:
-        ranks.barrier()  # those of one machine read a layer at the same time: from disk once
-        if tap is not None:
-            tap.note(states)
+    ranks, start = compute.ranks, None if states is None else states.start
+    batches, offset = own_batches(domains, seed, ranks)
 
-    with Walk(model, batches[own], compute.workers, tell, ranks=ranks, offset=own.start) as walk:
+    def together(entered: Sequence[object]) -> None:
+        ranks.barrier()  # those of one machine read a layer at the same time, so from disk once
+        if stream is not None:
+            stream(entered)
+
+    with Walk(model, batches, compute.workers, tell, start, ranks, offset) as walk:
         opened(walk)
-        walk.layers(needs, visit, None if tap is None and ranks.size == 1 else between)
-    if residual is not None and tap is not None:
-        residual(_merged(ranks.gather(tap.result())))
-
-
-def run_of_batches(count: int, ranks: Ranks) -> slice:
-    """Which batches are this process's own.
-
-    Raises:
-        DataError: there is not one for each.
-    """
-    if count < ranks.size:
-        raise DataError(
-            f"{ranks.size} processes share {count} batches of {data.TOKENS_PER_BATCH} tokens",
-            f"start at most {count} processes, or give more --sequences",
-        )
-    return ranks.run_of(count)
-
-
-def _merged(parts: Sequence[Residual]) -> Residual:
-    """In order of ranks, which is that of the text."""
-    total = parts[0]
-    for part in parts[1:]:
-        total.merge(part)
-    return total
+        walk.layers(needs, visit, stream if ranks.size == 1 else together, finished)

@@ -99,7 +99,7 @@ class Decider:
         return layers
 
     def _equalised(self, layers: dict[int, LayerPlan], context: Context) -> dict[int, LayerPlan]:
-        """``layers``, or if they keep different numbers of experts, a plan that keeps their mean."""
+        """``layers``, or if they keep different numbers of experts, those of their mean."""
         counts = [len(layer.keep) for layer in layers.values()]
         if len(set(counts)) == 1:
             return layers

@@ -23,12 +23,19 @@ Progress = Callable[[str, int, int], None]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+Note = Callable[[str], None]
+"""Told, in a line, what a person should know while it happens."""
+
 _POOL = 4
 """A dataset may have no end: sequences are drawn from the first so many times those wanted."""
 
 
 def silent(what: str, done: int, total: int) -> None:
     """No progress."""
+
+
+def unheard(text: str) -> None:
+    """Nobody to tell."""
 
 
 @dataclass(frozen=True)

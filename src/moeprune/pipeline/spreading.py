@@ -1,4 +1,4 @@
-"""Planning by several processes: each plans some layers, where layers do not depend on each other."""
+"""Planning by several processes: each plans some of the layers, unless layers compete."""
 
 from __future__ import annotations
 
