@@ -87,7 +87,7 @@ def test_a_long_search_goes_on_layer_by_layer(
     run = planning(tiny("olmoe"), "moeits", tmp_path / "pieces" / "p.json", text, target)
     notes = in_pieces(run, behind_a_decision)
     assert tree(tmp_path / "pieces") == tree(tmp_path / "whole")
-    assert "3 of 4 layers had been planned before" in notes
+    assert "3 of 4 layers were planned before" in notes
 
 
 def test_a_budget_that_cannot_be_met_leaves_nothing(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moeprune import __version__
-from moeprune.cli import output
+from moeprune.cli import output, together
 from moeprune.cli.audit import audit
 from moeprune.cli.compare import compare
 from moeprune.cli.demo import demo
@@ -66,17 +66,20 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Options before the command."""
+    together.begin(context.invoked_subcommand)
 
 
 def main() -> None:
     """Entry point: errors that the user can mend are one or two lines and exit code 2."""
     try:
-        code = app(prog_name="moeprune", standalone_mode=False)
+        with together.session():
+            code = app(prog_name="moeprune", standalone_mode=False)
     except _UsageError as error:
         if problem := error.format_message():  # empty: no command was given, and help was shown
             context = error.ctx

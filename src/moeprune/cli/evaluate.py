@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from moeprune.cli import health, output
+from moeprune.cli import health, output, together
 from moeprune.cli.options import (
     AsJson,
     Data,
@@ -95,6 +95,8 @@ def evaluate(
             sections,
             smallest,
         )
+    if not together.ranks().first:
+        return
     if card:
         output.note(f"wrote {write_measured(model, result)}")
     if as_json:

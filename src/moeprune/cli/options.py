@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from moeprune.cli import together
 from moeprune.errors import MoepruneError
 
 if TYPE_CHECKING:
@@ -179,4 +180,4 @@ def parse_compute(dtype: str, device: str, workers: int, trust: bool = False) ->
     """Where to compute."""
     from moeprune.pipeline.stages import Compute
 
-    return Compute(device, dtype, workers, trust)
+    return Compute(device, dtype, workers, trust, ranks=together.ranks())

@@ -22,6 +22,7 @@ from moeprune.errors import DataError
 from moeprune.models.data import Domain, token_keys
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.ranks import ALONE, Ranks
 from moeprune.models.walk import Batch, Walk, default_workers
 
 _LOGITS_PER_BATCH = 1 << 25  # values, of one model
@@ -133,6 +134,7 @@ def evaluate(
     teacher: str | None = None,
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Evaluation]:
     """Measure all ``models`` on the same sequences.
 
@@ -144,6 +146,7 @@ def evaluate(
         teacher: the name of the one that the others are compared with, if any.
         workers: as in ``Walk``.
         progress: told (steps done, steps in all).
+        ranks: processes that share the windows; the result is the same in all.
 
     Raises:
         DataError: vocabularies of teacher and student differ.
@@ -153,6 +156,7 @@ def evaluate(
         for domain in domains
         for ids_BL in domain.ids_NL.split(_rows(models, domain))
     ]
+    parts = parts[ranks.run_of(len(parts))]
     batches = [batch for _, batch in parts]
     steps = [len(model.layers) * len(batches) for model in models.values()]
     total, before = sum(steps) + len(batches), 0
@@ -182,11 +186,13 @@ def evaluate(
                 for name, value in scores.items():
                     sums.setdefault((name, parts[index][0].name), []).append(value)
                 progress(before + index + 1, total)
+    everybody = ranks.gather(sums)
     for name, result in results.items():
         compared = teacher is not None and name != teacher
         for domain in domains:
             document_N = None if domain.document_N is None else domain.document_N.numpy()
-            joined = Sums.joined(sums[name, domain.name])
+            found = (some.get((name, domain.name), ()) for some in everybody)
+            joined = Sums.joined([part for some in found for part in some])
             score_ = DomainScore(joined, compared, domain.bytes_per_token, document_N)
             result.domains[domain.name] = score_
     return results

@@ -13,17 +13,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from moeprune.core.accumulating import Origin
+from moeprune.core.folding import Fold, levels
 from moeprune.core.partial import PartialStatistics
 from moeprune.core.statistics import LayerStatistics
 from moeprune.models.loading import LayeredModel
 from moeprune.models.lockstep import Job, Lockstep
 from moeprune.models.observe import Collector, observed
+from moeprune.models.ranks import ALONE, Ranks
 from moeprune.models.sites import MoESite
 from moeprune.models.walk_state import Start
 
@@ -86,6 +88,8 @@ class Walk:
         workers: batches that compute at once; 0 takes one per core on the CPU, one on a GPU.
         progress: told after every batch of every layer.
         start: goes on behind a layer whose outputs were kept; None starts before the first.
+        ranks: who has the other batches; statistics are of all of them.
+        offset: how many batches the ranks before this one have.
 
     Use it as ``with Walk(...) as walk:``, call ``layers`` to the end and then, if logits are
     wanted, ``logits``.
@@ -96,6 +100,8 @@ class Walk:
     workers: int = 0
     progress: Progress = lambda done, total: None
     start: Start | None = None
+    ranks: Ranks = ALONE
+    offset: int = 0
     _stack: ExitStack = field(default_factory=ExitStack)
     _steps: int = 0
 
@@ -231,7 +237,9 @@ class Walk:
         expert at least). To be called from ``visit``, before weights are changed.
         """
         device, E = self.model.device, site.shape.experts
-        held = self._lockstep.workers + 2  # in flight, waiting to be added, and the total
+        # in flight, waiting to be added, and the sums; every rank takes as many experts at a time
+        window = self._lockstep.workers + 1
+        held = max(self.ranks.gather(window + levels(len(self.batches))))
         of_one = PartialStatistics.of(site.shape, needs, (0,), "meta").nbytes
         size = max(1, min(E, limit // max(1, of_one * held)))
         for start in range(0, E, size):
@@ -239,7 +247,7 @@ class Walk:
             yield self._collect(
                 site,
                 partial(PartialStatistics.of, site.shape, needs, chosen, device),
-                window=held - 1,
+                window=window,
             )
 
     def _collect(
@@ -249,7 +257,7 @@ class Walk:
         step: Callable[[], None] = lambda: None,
         window: int = 0,
     ) -> S:
-        total = empty()
+        fold: Fold[S] = Fold(self.offset)
 
         def collect(index: int) -> Collector:
             return self.batches[index].collector(empty(), self.model.device)
@@ -257,13 +265,13 @@ class Walk:
         def merge(job: Job) -> None:
             assert job.collector is not None
             self._collected(site, job.index, job.collector.statistics)
-            total.merge(job.collector.statistics)
+            fold.add(cast(S, job.collector.statistics))
             job.collector = None
             step()
 
-        with observed(site, total.needs_router):
+        with observed(site, empty().needs_router):
             self._lockstep.run(collect, merge, window, self._observed_jobs())
-        return total
+        return self.ranks.total(fold, empty)
 
     def _collected(self, site: MoESite, index: int, statistics: LayerStatistics) -> None:
         """Called with the sums of every batch before they are added up."""

@@ -56,6 +56,11 @@ def evaluate(
         MoepruneError: anything the user can mend.
     """
     _check(sections or {}, smallest)
+    if sections and compute.ranks.size > 1:
+        raise MoepruneError(
+            f"{', '.join(sections)}: measured by one process",
+            "leave them out, or run without torchrun",
+        )
     checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     models = {_MODEL: compute.open(checkpoint)}
     if teacher is not None:
@@ -100,6 +105,7 @@ def measure(
         teacher,
         compute.workers,
         lambda done, total: progress("evaluating", done, total),
+        compute.ranks,
     )
 
 

@@ -15,6 +15,7 @@ from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.ranks import ALONE, Ranks
 
 Source = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
@@ -66,12 +67,14 @@ class Compute:
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
         workers: batches that compute at once; 0 takes one per core.
         trust_remote_code: run the Python files that a checkpoint brings; never without this.
+        ranks: the processes that share the work (``moeprune.models.ranks.joined``).
     """
 
     device: str = "cpu"
     dtype: str = "auto"
     workers: int = 0
     trust_remote_code: bool = False
+    ranks: Ranks = ALONE
 
     def open(self, checkpoint: Checkpoint) -> LayeredModel:
         """The model, ready to walk.
@@ -92,7 +95,7 @@ class Compute:
             MoepruneError: no such device.
         """
         try:
-            device = torch.device(self.device)
+            device = torch.device(self.ranks.device(self.device))
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise MoepruneError(

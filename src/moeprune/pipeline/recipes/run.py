@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def run(
     target = _target(loaded, out)
     compute = loaded.compute()
     if trust_remote_code:
-        compute = type(compute)(**{**asdict(compute), "trust_remote_code": True})
+        compute = replace(compute, trust_remote_code=True)
     witness = Witness(loaded.model(), compute, command) if command else None
     steps = Steps(
         loaded.model(),
