@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from moeprune.cli import health, output
+from moeprune.cli import health, output, together
 from moeprune.cli.options import (
     AsJson,
     Data,
