@@ -28,7 +28,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound=LayerStatistics)
 
 _LONGEST = timedelta(hours=12)
-"""One layer of the slowest process: only one that hangs, and has not ended, is waited for so long."""
+"""Longer than a layer of the slowest process; one that has ended is not waited for."""
 
 
 class OthersFailedError(MoepruneError):
