@@ -15,6 +15,8 @@ from moeprune.cli.options import (
     Dtype,
     Force,
     Length,
+    Memory,
+    MemoryDir,
     Model,
     Seed,
     Sequences,
@@ -52,6 +54,8 @@ def audit(
     dtype: Dtype = "float32",
     device: Device = "cpu",
     workers: Workers = 0,
+    memory: Memory = None,
+    memory_dir: MemoryDir = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
@@ -73,7 +77,7 @@ def audit(
             parse_text(data, sequences, length, seed),
             statistics,
             trial,
-            parse_compute(dtype, device, workers, trust_remote_code),
+            parse_compute(dtype, device, workers, trust_remote_code, memory, memory_dir),
             progress,
         )
     if out is not None:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from moeprune.cli import output
-from moeprune.cli.options import AsJson, Data, Device, Model, Trust, Workers, parse_compute
+from moeprune.cli.options import (
+    AsJson,
+    Data,
+    Device,
+    Memory,
+    MemoryDir,
+    Model,
+    Trust,
+    Workers,
+    parse_compute,
+)
 from moeprune.errors import MoepruneError
 
 if TYPE_CHECKING:
@@ -52,6 +62,8 @@ def compare(
     ] = None,
     device: Device = "cpu",
     workers: Workers = 0,
+    memory: Memory = None,
+    memory_dir: MemoryDir = None,
     trust_remote_code: Trust = False,
     force: Annotated[bool, typer.Option("--force", help="Start afresh.")] = False,
     as_json: AsJson = False,
@@ -78,7 +90,12 @@ def compare(
             text,
             Text(tuple(heldout or ()), count, window),
             parse_compute(
-                dtype or ("float32" if demo else "auto"), device, workers, trust_remote_code
+                dtype or ("float32" if demo else "auto"),
+                device,
+                workers,
+                trust_remote_code,
+                memory,
+                memory_dir,
             ),
             force=force,
             keep_checkpoints=keep_checkpoints,

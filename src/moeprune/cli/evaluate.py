@@ -12,7 +12,10 @@ from moeprune.cli.options import (
     Data,
     Device,
     Dtype,
+    Memory,
+    MemoryDir,
     Model,
+    Profiled,
     Trust,
     Workers,
     parse_compute,
@@ -49,6 +52,9 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    memory: Memory = None,
+    memory_dir: MemoryDir = None,
+    profile: Profiled = False,
     generate: health.Generate = False,
     prompts: health.Prompts = None,
     prompts_per_domain: health.PerDomain = None,
@@ -85,12 +91,13 @@ def evaluate(
     }
     if card:
         find_card(model)  # before the work
+    compute = parse_compute(dtype, device, workers, trust_remote_code, memory, memory_dir, profile)
     with output.progress_bars() as progress:
         result = evaluating.evaluate(
             model,
             teacher,
             text,
-            parse_compute(dtype, device, workers, trust_remote_code),
+            compute,
             progress,
             sections,
             smallest,
@@ -99,8 +106,9 @@ def evaluate(
         return
     if card:
         output.note(f"wrote {write_measured(model, result)}")
+    output.tell_profile(compute)
     if as_json:
-        output.print_json(result)
+        output.print_json({**result, **output.profile_json(compute)})
         return
     _print_text(result)
     if "tasks" in result:

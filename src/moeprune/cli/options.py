@@ -92,6 +92,17 @@ Length = Annotated[int, typer.Option(help="Tokens per sequence, clipped to the m
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Torch device.")]
 Workers = Annotated[int, typer.Option(min=0, help="Batches computed at once; 0: one per core.")]
+Memory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Stay below this: **8GiB**. Slower where it is little; same results."),
+]
+MemoryDir = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Folder on a disk for what has no room; default: TMPDIR."),
+]
+Profiled = Annotated[
+    bool, typer.Option("--profile", help="Tell where time went, and what bounds it.")
+]
 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python files that the model brings.")
@@ -176,8 +187,24 @@ def parse_mix(mix: str | None) -> tuple[tuple[str, float], ...]:
     return tuple(found.items())
 
 
-def parse_compute(dtype: str, device: str, workers: int, trust: bool = False) -> Compute:
-    """Where to compute."""
-    from moeprune.pipeline.stages import Compute
+def parse_compute(
+    dtype: str,
+    device: str,
+    workers: int,
+    trust: bool = False,
+    memory: str | None = None,
+    memory_dir: Path | None = None,
+    profile: bool = False,
+) -> Compute:
+    """Where to compute, and with how much memory."""
+    from moeprune.cli.output import note
+    from moeprune.core.profile import Profile
+    from moeprune.core.targets import parse_size
+    from moeprune.pipeline.inputs import Compute
 
-    return Compute(device, dtype, workers, trust, ranks=together.ranks())
+    size = None if memory is None else parse_size(memory, "memory")
+    if memory_dir is not None and memory is None:
+        raise MoepruneError("--memory-dir is for what has no room", "add --memory 8GiB")
+    counted = Profile() if profile else None
+    ranks = together.ranks()
+    return Compute(device, dtype, workers, trust, ranks, size, memory_dir, note, counted)

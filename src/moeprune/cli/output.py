@@ -26,6 +26,13 @@ from rich.table import Table
 ERR = Console(stderr=True, highlight=False)
 OUT = Console(highlight=False)
 _TABLE_WIDTH, _WIDEST = 132, 240
+_SPENT = {
+    "waiting": "waiting for weights",
+    "computing": "computing layers",
+    "merging": "adding up statistics",
+    "hidden": "hidden states to their file",
+    "loading": "(loading and converting beside it)",
+}
 
 
 def print_json(value: Any) -> None:
@@ -169,6 +176,39 @@ def tell_warnings(warnings: Iterable[str]) -> None:
     """Warnings of a plan, one a line."""
     for text in warnings:
         note(f"warning: {text}")
+
+
+def profile_json(compute: Any) -> dict[str, Any]:
+    """Where time went, as part of a result; nothing unless it was counted."""
+    return {} if compute.profile is None else {"profile": _profile(compute.profile)}
+
+
+def _profile(profile: Any) -> dict[str, Any]:
+    from moeprune.models.process import bytes_read, peak_memory
+
+    return {
+        "seconds": {name: round(value, 3) for name, value in profile.seconds().items()},
+        "weight_bytes": profile.bytes,
+        "disk_bytes": bytes_read(),
+        "peak_memory_bytes": peak_memory(),
+        "bound": profile.bound(),
+    }
+
+
+def tell_profile(compute: Any) -> None:
+    """A table of where time went, and a sentence, on stderr."""
+    if compute.profile is None:
+        return
+    found = _profile(compute.profile)
+    table = Table(title="time", title_justify="left", show_header=False, box=None)
+    for name, value in found["seconds"].items():
+        table.add_row(_SPENT.get(name, name), f"{value:.2f} s")
+    table.add_row("weights loaded", f"{found['weight_bytes'] / 1e6:.1f} MB")
+    for name, text in (("disk_bytes", "read from disk"), ("peak_memory_bytes", "peak memory")):
+        if found[name] is not None:
+            table.add_row(text, f"{found[name] / 1e6:.1f} MB")
+    ERR.print(table)
+    note(f"bounded by {found['bound']}")
 
 
 def tell_report(page: Path, seconds: float | None = None) -> None:

@@ -15,10 +15,13 @@ from moeprune.cli.options import (
     Device,
     Force,
     Length,
+    Memory,
+    MemoryDir,
     Mix,
     Model,
     Seed,
     Trust,
+    parse_compute,
     parse_text,
 )
 
@@ -90,6 +93,8 @@ def recover(
     seed: Seed = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, to compute in.")] = "float32",
     device: Device = "cpu",
+    memory: Memory = None,
+    memory_dir: MemoryDir = None,
     trust_remote_code: Trust = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was cut.")
@@ -101,7 +106,6 @@ def recover(
 
     Example: `moeprune recover smaller --teacher demo --how expert-kd --out healed`
     """
-    from moeprune.pipeline.inputs import Compute
     from moeprune.pipeline.recovery import recover as run
     from moeprune.pipeline.recovery import training
 
@@ -123,7 +127,7 @@ def recover(
             out,
             chosen,
             parse_text(data, sequences, length, seed, mix),
-            Compute(device, "float32", 0, trust_remote_code),
+            parse_compute("float32", device, 0, trust_remote_code, memory, memory_dir),
             resume,
             force,
             _listener(progress),

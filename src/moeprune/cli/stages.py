@@ -18,6 +18,8 @@ from moeprune.cli.options import (
     Force,
     Keep,
     Length,
+    Memory,
+    MemoryDir,
     Method,
     Mix,
     Model,
@@ -27,6 +29,7 @@ from moeprune.cli.options import (
     Pad,
     Pattern,
     Pin,
+    Profiled,
     ProtectSuper,
     Ratio,
     Seed,
@@ -63,6 +66,9 @@ def calibrate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    memory: Memory = None,
+    memory_dir: MemoryDir = None,
+    profile: Profiled = False,
     trust_remote_code: Trust = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -75,13 +81,14 @@ def calibrate(
     from moeprune.pipeline import stages
 
     names = LIGHT if collect is None else tuple(name.strip() for name in collect.split(","))
+    compute = parse_compute(dtype, device, workers, trust_remote_code, memory, memory_dir, profile)
     with output.progress_bars() as progress:
         store = stages.calibrate(
             model,
             out,
             parse_text(data, sequences, length, seed, mix),
             names,
-            parse_compute(dtype, device, workers, trust_remote_code),
+            compute,
             force,
             progress,
             output.note,
@@ -89,8 +96,9 @@ def calibrate(
     if not together.ranks().first:
         return
     output.tell_default_text(model, data)
+    output.tell_profile(compute)
     if as_json:
-        output.print_json({"path": str(out), **store.manifest})
+        output.print_json({"path": str(out), **store.manifest, **output.profile_json(compute)})
     else:
         facts = {"layers": store.layers, **store.manifest["data"]}
         output.print_facts(f"statistics in {out}", facts)
@@ -139,6 +147,8 @@ def plan(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    memory: Memory = None,
+    memory_dir: MemoryDir = None,
     trust_remote_code: Trust = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -160,7 +170,7 @@ def plan(
             statistics,
             parse_text(data, sequences, length, seed),
             parse_options(option),
-            parse_compute(dtype, device, workers, trust_remote_code),
+            parse_compute(dtype, device, workers, trust_remote_code, memory, memory_dir),
             seed,
             progress,
             uniform,
@@ -241,6 +251,9 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     workers: Workers = 0,
+    memory: Memory = None,
+    memory_dir: MemoryDir = None,
+    profile: Profiled = False,
     mtp: Mtp = "keep-pruned",
     dequantize: Dequantize = False,
     trust_remote_code: Trust = False,
@@ -253,6 +266,7 @@ def prune(
     """
     from moeprune.pipeline import stages
 
+    compute = parse_compute(dtype, device, workers, trust_remote_code, memory, memory_dir, profile)
     with output.progress_bars() as progress:
         done = stages.prune(
             model,
@@ -262,7 +276,7 @@ def prune(
             parse_text(data, sequences, length, seed, mix),
             parse_options(option),
             statistics,
-            parse_compute(dtype, device, workers, trust_remote_code),
+            compute,
             seed,
             force,
             progress,
@@ -278,6 +292,9 @@ def prune(
         "seconds": {name: round(value, 2) for name, value in done.seconds.items()},
         "peak_memory_bytes": done.peak_memory_bytes,
     }
+    output.tell_profile(compute)
+    if as_json:
+        more |= output.profile_json(compute)
     output.print_sizes(out, done.sizes, more, as_json)
     if not as_json:
         output.tell_report(out / "report.html")

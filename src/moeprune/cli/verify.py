@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from moeprune.cli import output
-from moeprune.cli.options import AsJson, Device
+from moeprune.cli.options import AsJson, Device, Memory, MemoryDir, parse_compute
 
 if TYPE_CHECKING:
     from moeprune.verification.finding import Verification
@@ -35,17 +35,19 @@ def verify(
         str, typer.Option(help="float32, bfloat16 or float16, for logits.")
     ] = "float32",
     device: Device = "cpu",
+    memory: Memory = None,
+    memory_dir: MemoryDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Find what is wrong with a checkpoint; exit code 0 clean, 1 findings, 2 no checkpoint.
 
     Example: `moeprune verify smaller --against demo`
     """
-    from moeprune.pipeline.inputs import Compute
     from moeprune.pipeline.verification import verify as run
 
     with output.progress_bars() as progress:
-        result = run(directory, against, plan, values, Compute(device, dtype), progress)
+        compute = parse_compute(dtype, device, 0, False, memory, memory_dir)
+        result = run(directory, against, plan, values, compute, progress)
     if as_json:
         output.print_json(result.to_json())
     else:

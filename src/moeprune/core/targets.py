@@ -152,13 +152,14 @@ def competes(method: Method) -> bool:
 
 
 def parse_size(text: str, option: str) -> int:
-    """``24GiB``, ``1.5 GB`` or a plain number such as ``8e9``; units for ``target-bytes`` only.
+    """``24GiB``, ``1.5 GB`` or a plain number such as ``8e9``; no units for ``target-params``.
 
     Raises:
         BudgetError: anything else.
     """
     match = _SIZE.fullmatch(text.strip())
-    if match is None or (match[2] and option != "target-bytes"):
-        example = "24GiB, 900MB or 1.5e9" if option == "target-bytes" else "8e9"
+    counts = option == "target-params"
+    if match is None or (match[2] and counts):
+        example = "8e9" if counts else "24GiB, 900MB or 1.5e9"
         raise BudgetError(f"bad --{option} {text!r}", f"for example {example}")
     return math.floor(float(match[1]) * _UNITS[(match[2] or "b").lower()])

@@ -97,7 +97,7 @@ def likelihoods(
             def tell(done: int, _: int, offset: int = before) -> None:
                 progress(offset + done, total)
 
-            with Walk(model, inputs, workers, tell) as walk:
+            with Walk(model, inputs, workers, tell, chunks=True) as walk:
                 walk.layers()
                 collect = _Collect(rows, max_length, found[name])
                 walk.logits(collect)

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeprune.errors import DataError
+from moeprune.models.bounds import share
 from moeprune.models.data import Domain, token_keys
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
 from moeprune.models.ranks import ALONE, Ranks
-from moeprune.models.walk import Batch, Walk, default_workers
+from moeprune.models.walk import Batch, Walk
 
 _LOGITS_PER_BATCH = 1 << 25  # values, of one model
 _TOKENS_PER_BATCH = 4096
@@ -161,6 +162,7 @@ def evaluate(
     steps = [len(model.layers) * len(batches) for model in models.values()]
     total, before = sum(steps) + len(batches), 0
     results = {name: Evaluation() for name in models}
+    share(list(models.values()))
     with ExitStack() as stack:
         walks: dict[str, Walk] = {}
         for (name, model), own in zip(models.items(), steps, strict=True):
@@ -169,7 +171,7 @@ def evaluate(
             def tell(done: int, _: int, offset: int = before) -> None:
                 progress(offset + done, total)
 
-            walks[name] = stack.enter_context(Walk(model, batches, workers, tell))
+            walks[name] = stack.enter_context(Walk(model, batches, workers, tell, chunks=True))
             walks[name].layers()
             results[name].seconds = time.perf_counter() - start
             before += own
@@ -179,9 +181,8 @@ def evaluate(
                 torch.set_num_threads(1)
             return _score(index, batches[index].ids_BL, walks, teacher)
 
-        device = next(iter(models.values())).device
         sums: dict[tuple[str, str], list[Sums]] = {}
-        with ThreadPoolExecutor(workers or default_workers(device)) as pool:
+        with ThreadPoolExecutor(min(walk.way.workers for walk in walks.values())) as pool:
             for index, scores in enumerate(pool.map(score, range(len(batches)))):
                 for name, value in scores.items():
                     sums.setdefault((name, parts[index][0].name), []).append(value)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ class BranchedWalk(Walk):
     decide: Callable[[MoESite, LayerStatistics | None], Edits] = lambda site, statistics: {}
     part: Callable[[MoESite, int, LayerStatistics], None] = lambda site, index, statistics: None
     squares: list[float] = field(default_factory=list)
+    shared: ClassVar[bool] = True
     _observed: int = 0
 
     def __post_init__(self) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import mmap
 import re
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
@@ -28,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from moeprune.errors import CheckpointError, MoepruneError, UnsupportedModelError
 from moeprune.models import uneven_runtime
+from moeprune.models.bounds import RESIDENT, Limits
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.generated import own_class
 from moeprune.models.native import (
@@ -40,9 +42,6 @@ from moeprune.models.native import (
 from moeprune.models.quantised import Quantisation, lazy_state
 from moeprune.models.sites import MoESite, find_sites, is_experts, is_uneven, resize_facts
 from moeprune.models.special import describe
-
-RESIDENT = -1
-"""Key of the tensors outside the decoder layers: embeddings, final norm, head."""
 
 
 def skeleton(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -111,7 +110,11 @@ class LayeredModel:
         quantisation: how the weights are stored.
         sites: MoE blocks by layer index.
         changing: held while modules are filled, edited or emptied.
+        limits: what walks over it are held to.
+        copies: of a layer, that are made while it is loaded.
     """
+
+    copies: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -138,6 +141,7 @@ class LayeredModel:
         self._restore: dict[int, Callable[[], None]] = {}
         # loading one layer goes over all modules while another may be edited or freed
         self.changing = threading.RLock()
+        self.limits = Limits()
 
     def when_freed(self, index: int, restore: Callable[[], None]) -> None:
         """Call ``restore`` before a layer is freed: whoever changes its sizes changes them back."""
@@ -184,6 +188,23 @@ class LayeredModel:
         match = re.match(re.escape(self.prefix) + r"\.(\d+)\.", name)
         return int(match[1]) if match else RESIDENT
 
+    def stored(self, group: int) -> list[tuple[str, str, str | None]]:
+        """Weights on disk of a layer or ``RESIDENT``: name, parameter, and conversion's pattern."""
+        return self._groups.get(group, [])
+
+    @cached_property
+    def _groups(self) -> dict[int, list[tuple[str, str, str | None]]]:
+        found: dict[int, list[tuple[str, str, str | None]]] = {}
+        for key, (name, pattern) in self._names.items():
+            if name is not None:
+                found.setdefault(self.group(name), []).append((key, name, pattern))
+        return found
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether ``load_resident`` has been called."""
+        return self._resident
+
     def load_resident(self) -> None:
         """Load what stays in memory: everything outside the decoder layers."""
         if self._resident:
@@ -204,15 +225,21 @@ class LayeredModel:
         self._resident = True
 
     def load_layer(self, index: int) -> None:
-        """Load one decoder layer through transformers' own conversion.
+        """Load one decoder layer through transformers' own conversion."""
+        self.load_without(index, ())
+
+    def load_without(self, index: int, left_out: Collection[str]) -> None:
+        """Load one decoder layer but for the parameters ``left_out``.
 
         Tensors that need no conversion stay where the file is mapped, exactly as
         ``from_pretrained`` leaves them: some matrix kernels round by the address of their operands.
         Their pages are touched here, so that the disk is read now and not while computing.
         """
         with self.changing:
-            self._load(index)
-        self._refuse_missing([n for n, p in self.layers[index].named_parameters() if p.is_meta])
+            self._load(index, left_out)
+        missing = [n for n, p in self.layers[index].named_parameters() if p.is_meta]
+        at = f"{self.prefix}.{index}."
+        self._refuse_missing([name for name in missing if at + name not in left_out])
         for p in self.layers[index].parameters():
             if p.device.type == "cpu" and p.is_contiguous():
                 p.data.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
@@ -256,13 +283,12 @@ class LayeredModel:
                 "the checkpoint is incomplete, or not of this architecture",
             )
 
-    def _load(self, group: int) -> None:
+    def _load(self, group: int, left_out: Collection[str] = ()) -> None:
+        self.fill([key for key, name, _ in self.stored(group) if name not in left_out])
+
+    def fill(self, keys: Sequence[str], rows: Mapping[str, range] | None = None) -> None:
+        """Load weights by their names on disk; of those in ``rows`` only these rows."""
         self.quantisation.refuse()
-        keys = [
-            key
-            for key, (name, _) in self._names.items()
-            if name is not None and self.group(name) == group
-        ]
         config = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
@@ -271,7 +297,7 @@ class LayeredModel:
         )
         try:
             # opened per layer, so that mapped pages of earlier layers do not stay resident
-            state = lazy_state(self.checkpoint, self.quantisation, keys, self.dtype)
+            state = lazy_state(self.checkpoint, self.quantisation, keys, self.dtype, rows)
             with quiet_transformers():
                 info, _ = convert_and_load_state_dict_in_model(self.model, state, config, None)
         except SafetensorError as error:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from moeprune.models.hidden import HiddenStates
 from moeprune.models.observe import Collector, collecting
 
 
@@ -29,10 +30,23 @@ class _Aborted(BaseException):
     """Unwinds a parked thread; not an Exception, so that no model code catches it."""
 
 
+class Enough(Exception):
+    """Ends a layer's forward: what was wanted of it is known."""
+
+
+T = TypeVar("T")
+
+
 class Job(threading.Thread):
     """One batch on its way through the model."""
 
-    def __init__(self, index: int, call: Callable[[], Any], done: SimpleQueue[Job]) -> None:
+    def __init__(
+        self,
+        index: int,
+        call: Callable[[], Any],
+        done: SimpleQueue[Job],
+        hidden: HiddenStates | None = None,
+    ) -> None:
         super().__init__(daemon=True, name=f"moeprune-batch-{index}")
         self.index = index
         self.output: Any = None
@@ -40,6 +54,7 @@ class Job(threading.Thread):
         self.collector: Collector | None = None
         self._call = call
         self._done = done
+        self._hidden = hidden
         self.entered: Any = None
         self.passed = 0
         self._layer: Callable[[], Any] | None = None
@@ -57,11 +72,17 @@ class Job(threading.Thread):
             self.error = error
         self._done.put(self)
 
+    def hold(self, found: Any) -> None:
+        """Tensors that this batch holds from now on: to where hidden states are."""
+        if self._hidden is not None:
+            self._hidden.keep(self.index, found)
+
     def stop_at(self, layer: Callable[[], Any], entered: Any) -> Any:
         """Called in this thread in place of a decoder layer: wait for its output.
 
         ``entered`` is what goes into it.
         """
+        self.hold(entered)
         self._layer, self.entered = layer, entered
         self._done.put(self)
         if not self._go_on.get():
@@ -73,7 +94,13 @@ class Job(threading.Thread):
         """Run the layer at which this batch stands, in the caller's thread."""
         assert self._layer is not None, "the batch has passed its last layer"
         with torch.no_grad(), collecting(self.collector):
-            self.output = self._layer()
+            try:
+                self.output = self._layer()
+            except Enough:
+                self.output = None
+        self.hold(self.output)
+        if self._hidden is not None:
+            self._hidden.rest(self.index)
 
     def go_on(self, wanted: bool = True) -> None:
         """Let the thread continue with the layer's output, or end it."""
@@ -88,6 +115,17 @@ class _Current(threading.local):
 _CURRENT = _Current()
 
 
+def _embeddings(model: Any) -> nn.Module:
+    found: nn.Module = model.get_input_embeddings()
+    return found
+
+
+def _hold(module: nn.Module, args: Any, output: Any) -> None:
+    """The model's forward holds the embeddings to its end, also where nothing needs them."""
+    if _CURRENT.job is not None:
+        _CURRENT.job.hold(output)
+
+
 class Lockstep:
     """Runs a model's forward on several batches, one decoder layer at a time.
 
@@ -96,6 +134,7 @@ class Lockstep:
         layers: its decoder layers.
         inputs: keyword arguments of ``model.forward``, per batch.
         workers: batches that compute at once; each uses one core (CPU).
+        hidden: what batches hold between layers goes there; None leaves it in memory.
         passing: layers at the beginning that are not computed; batches stop at the next one.
         pass_on: what such a layer hands on, given a batch's index and what goes into the layer.
     """
@@ -106,6 +145,7 @@ class Lockstep:
         layers: nn.ModuleList,
         inputs: Sequence[dict[str, Tensor]],
         workers: int,
+        hidden: HiddenStates | None = None,
         passing: int = 0,
         pass_on: Callable[[int, Any], Any] = lambda index, entered: entered,
     ) -> None:
@@ -114,11 +154,14 @@ class Lockstep:
         self._layers = layers
         self._done: SimpleQueue[Job] = SimpleQueue()
         self._threads_before = torch.get_num_threads()
-        self.jobs = [Job(i, self._caller(model, kw), self._done) for i, kw in enumerate(inputs)]
+        self.jobs = [
+            Job(i, self._caller(model, kw), self._done, hidden) for i, kw in enumerate(inputs)
+        ]
         self._one_core = all(not t.is_cuda for kw in inputs for t in kw.values())
         self._pool = ThreadPoolExecutor(workers, "moeprune-worker", self._prepare_thread)
         for layer in layers:
             layer.forward = self._gate(layer.forward)
+        self._hook = None if hidden is None else _embeddings(model).register_forward_hook(_hold)
         try:
             self._each(Job.start)  # to the first layer: embeddings, masks
         except BaseException:
@@ -145,6 +188,7 @@ class Lockstep:
             if job.passed < self._passing:
                 job.passed += 1
                 return self._pass_on(job.index, entered)
+            job.hold(kwargs.get("attention_mask"))
             return job.stop_at(lambda: forward(*args, **kwargs), entered)
 
         return gated
@@ -170,13 +214,20 @@ class Lockstep:
             job.compute()
             return job
 
-        started: deque[Future[Job]] = deque()
+        for job in self.in_order(compute, window, jobs):
+            finished(job)
+
+    def in_order(
+        self, call: Callable[[Job], T], window: int = 0, jobs: Sequence[Job] | None = None
+    ) -> Iterator[T]:
+        """What ``call`` makes of every batch in the worker threads, in order of batches."""
+        started: deque[Future[T]] = deque()
         for job in self.jobs if jobs is None else jobs:
-            started.append(self._pool.submit(compute, job))
+            started.append(self._pool.submit(call, job))
             if len(started) == window:
-                finished(started.popleft().result())
+                yield started.popleft().result()
         while started:
-            finished(started.popleft().result())
+            yield started.popleft().result()
 
     def compute(self, index: int) -> None:
         """Run the layer for one batch alone, in a thread like all others."""
@@ -230,6 +281,8 @@ class Lockstep:
             if job.is_alive():
                 job.join()
             job.output = job.collector = None
+        if self._hook is not None:
+            self._hook.remove()
         for layer in self._layers:
             layer.__dict__.pop("forward", None)
         torch.set_num_threads(self._threads_before)

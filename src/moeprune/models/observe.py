@@ -123,25 +123,63 @@ def observe_experts(
     """
     collector = _collector(len(hidden_states))
     T, K = top_k_index.shape
-    E = collector.statistics.shape.experts
-    flat_S = top_k_index.reshape(-1)
-    order_S = torch.argsort(flat_S, stable=True)
-    counts = torch.bincount(flat_S, minlength=E)[:E].tolist()  # ids >= E are slots without expert
-    gates_S = top_k_weights.reshape(-1)
     out_SH = hidden_states.new_zeros(T * K, hidden_states.shape[1])
-    start = 0
-    for expert, n in enumerate(counts):
-        if not n:
+    slots = Slots(hidden_states, top_k_index, top_k_weights, out_SH)
+    compute_slots(self, slots, collector, range(collector.statistics.shape.experts))
+    collect_block(collector, slots)
+    return slots.sum()
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A batch at the experts of a layer: S = T * K slots, those of a token side by side.
+
+    Attributes:
+        x_TH: the block's input.
+        index_TK: which experts; ids from E on are slots without expert.
+        gate_TK: how strongly.
+        out_SH: each slot's output times its gate, filled expert by expert.
+    """
+
+    x_TH: Tensor
+    index_TK: Tensor
+    gate_TK: Tensor
+    out_SH: Tensor
+
+    def sum(self) -> Tensor:
+        """The block's output [T, H]."""
+        T, K = self.index_TK.shape
+        return self.out_SH.view(T, K, -1).sum(dim=1)
+
+
+def compute_slots(
+    experts: Any, slots: Slots, collector: Collector | None, chosen: range, first: int = 0
+) -> None:
+    """Fill the slots of the experts ``chosen``, in ascending order, and show them to ``collector``.
+
+    Row 0 of the matrices of ``experts`` is expert ``first``'s.
+    """
+    K = slots.index_TK.shape[1]
+    flat_S = slots.index_TK.reshape(-1)
+    order_S = torch.argsort(flat_S, stable=True)
+    ends = torch.bincount(flat_S, minlength=chosen.stop).cumsum(0).tolist()
+    gates_S = slots.gate_TK.reshape(-1)
+    for expert in chosen:
+        start, end = ends[expert - 1] if expert else 0, ends[expert]
+        if start == end:
             continue
-        slots_n = order_S[start : start + n]
-        start += n
+        slots_n = order_S[start:end]
         tokens_n = slots_n // K
         gate_n = gates_S[slots_n]
-        x_nH, h_nI, f_nH = _expert(self, expert, hidden_states, tokens_n)
-        out_SH[slots_n] = (f_nH * gate_n[:, None]).to(out_SH.dtype)
-        _collect(collector, expert, tokens_n, (x_nH, gate_n.float(), h_nI, f_nH))
-    _collect_block(collector, hidden_states, top_k_index, top_k_weights.float())
-    return out_SH.view(T, K, -1).sum(dim=1)
+        x_nH, h_nI, f_nH = _expert(experts, expert - first, slots.x_TH, tokens_n)
+        slots.out_SH[slots_n] = (f_nH * gate_n[:, None]).to(slots.out_SH.dtype)
+        if collector is not None:
+            _collect(collector, expert, tokens_n, (x_nH, gate_n.float(), h_nI, f_nH))
+
+
+def collect_block(collector: Collector, slots: Slots) -> None:
+    """Show the collector a batch at the level of the block."""
+    _collect_block(collector, slots.x_TH, slots.index_TK, slots.gate_TK.float())
 
 
 def _expert(
@@ -259,6 +297,11 @@ def _observe_llama4(self: Any, scaled_SH: Tensor) -> Tensor:
         _collect(collector, expert, tokens_n, (x_nH, one_n, h_nI, f_nH))
     _collect_block(collector, x_TH, index_TK, scores_TE.gather(1, index_TK).float())
     return out_ETH.view_as(scaled_SH)
+
+
+def is_special(experts: nn.Module) -> bool:
+    """Whether an experts module is not called as transformers' interface says."""
+    return type(experts).__name__ in _SPECIAL
 
 
 _SPECIAL: dict[str, Callable[..., Tensor]] = {

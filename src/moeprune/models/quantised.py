@@ -211,13 +211,39 @@ class _Decoded:
         dtype = torch.float32 if len(self._weight.shape) == 2 else self._dtype
         return read(self._checkpoint, self._weight, dtype=dtype)[index]
 
+    def rows(self, rows: range) -> Tensor:
+        """Some experts' matrices of all that are stored together."""
+        found = torch.empty(len(rows), *self._weight.shape[1:], dtype=self._dtype)
+        for place, row in enumerate(rows):
+            found[place] = read(self._checkpoint, self._weight, row)
+        return found
+
+
+class _Rows:
+    """Stands for some rows, along the first axis, of what a slice of a file stands for."""
+
+    def __init__(self, whole: Any, rows: range) -> None:
+        self._whole, self._rows = whole, rows
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(self._whole, _Decoded):
+            return self._whole.rows(self._rows)[index]
+        # a view of the mapped file: at the address where the whole tensor has these rows
+        rows: Tensor = self._whole[...][self._rows.start : self._rows.stop]
+        return rows[index]
+
 
 def lazy_state(
-    checkpoint: Checkpoint, quantisation: Quantisation, names: Iterable[str], dtype: torch.dtype
+    checkpoint: Checkpoint,
+    quantisation: Quantisation,
+    names: Iterable[str],
+    dtype: torch.dtype,
+    rows: Mapping[str, range] | None = None,
 ) -> dict[str, Any]:
     """Weights by name for transformers' loader, each read (and decoded) when it is asked for.
 
-    ``dtype`` is what the loader will turn decoded experts into.
+    ``dtype`` is what the loader will turn decoded experts into. Of the names in ``rows`` only these
+    rows are read.
     """
     weights = quantisation.weights
     handles: dict[Any, Any] = {}
@@ -230,6 +256,8 @@ def lazy_state(
         if file not in handles:
             handles[file] = safe_open(file, "pt")
         state[name] = handles[file].get_slice(name)
+    for name, some in (rows or {}).items():
+        state[name] = _Rows(state[name], some)
     return state
 
 

@@ -39,6 +39,8 @@ class Restriction:
 class AlignedModel(LayeredModel):
     """Weights are copied to aligned addresses: matrix kernels round by the address of operands."""
 
+    copies = 1
+
     def load_resident(self) -> None:
         """As the base class."""
         super().load_resident()
@@ -64,6 +66,8 @@ class RestrictedModel(AlignedModel):
         zeros: the model under test.
         dtype, device: as in ``LayeredModel``.
     """
+
+    copies = 2
 
     def __init__(
         self,

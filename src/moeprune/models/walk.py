@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,12 @@ from torch import Tensor
 from moeprune.core.accumulating import Origin
 from moeprune.core.folding import Fold, levels
 from moeprune.core.partial import PartialStatistics
+from moeprune.core.profile import COMPUTING, LOADING, MERGING, WAITING
 from moeprune.core.statistics import LayerStatistics
+from moeprune.errors import BudgetError
+from moeprune.models.bounds import Load, bounded
+from moeprune.models.chunks import ChunkedLayer
+from moeprune.models.expert_ranges import ExpertRanges, parameters
 from moeprune.models.loading import LayeredModel
 from moeprune.models.lockstep import Job, Lockstep
 from moeprune.models.observe import Collector, observed
@@ -90,6 +95,9 @@ class Walk:
         start: goes on behind a layer whose outputs were kept; None starts before the first.
         ranks: who has the other batches; statistics are of all of them.
         offset: how many batches the ranks before this one have.
+        needs: what ``layers`` will collect, for plans of memory; nothing is collected by it.
+        chunks: whether the model's memory limit may load the experts of a layer some at a time;
+            who looks at weights in ``visit``, or edits them, needs them all.
 
     Use it as ``with Walk(...) as walk:``, call ``layers`` to the end and then, if logits are
     wanted, ``logits``.
@@ -102,23 +110,42 @@ class Walk:
     start: Start | None = None
     ranks: Ranks = ALONE
     offset: int = 0
+    needs: Sequence[str] = ()
+    chunks: bool = False
+    shared: ClassVar[bool] = False
+    """Whether batches hand their states to each other."""
     _stack: ExitStack = field(default_factory=ExitStack)
     _steps: int = 0
 
     def __enter__(self) -> Walk:
-        self.model.load_resident()
+        self._time = self.model.limits.profile
         workers = self.workers or default_workers(self.model.device)
+        tokens = [(len(b.ids_BL), b.ids_BL.shape[1]) for b in self.batches]
+        load = Load(tokens, workers, self.needs, self.chunks, self.shared, not self.needs)
+        self.way, self._hidden = bounded(self.model, load)
+        self.way = replace(self.way, chunk=min(self.ranks.gather(self.way.chunk)))
+        if self._hidden is not None:
+            self._stack.callback(self._hidden.close)
+        self.model.load_resident()
         inputs = [batch.inputs(self.model.device) for batch in self.batches]
         self._stack.callback(self._free_all)
         self._loader = self._stack.enter_context(ThreadPoolExecutor(1, "moeprune-loader"))
         start = self.start
         passing = () if start is None else (start.layer, start.pass_on)
         self._lockstep = self._stack.enter_context(
-            Lockstep(self.model.model, self.model.layers, inputs, workers, *passing)
+            Lockstep(
+                self.model.model,
+                self.model.layers,
+                inputs,
+                self.way.workers,
+                self._hidden,
+                *passing,
+            )
         )
         if start is not None:
             for job in self._lockstep.jobs:  # all stand at the layer that is done
                 job.output = start.output(job.index, self.model.device)
+                job.hold(job.output)
             self._steps = (start.layer + 1) * len(self.batches)
         return self
 
@@ -152,6 +179,8 @@ class Walk:
             if index + 1 == len(self.model.layers) and stream is not None:
                 stream([job.output for job in self._lockstep.jobs])
             done(index, [job.output for job in self._lockstep.jobs])
+            if self._hidden is not None:
+                self._hidden.rest_all()
 
     def standing(self) -> Generator[int, None, None]:
         """Every decoder layer in turn: its weights are in memory and all batches stand before it.
@@ -165,14 +194,18 @@ class Walk:
         if first:
             self._lockstep.advance()
         for index in range(first, len(self.model.layers)):
-            following.result()
-            if index + 1 < len(self.model.layers):
+            with self._time.spend(WAITING):
+                following.result()
+            if index + 1 < len(self.model.layers) and self.way.prefetch:
                 following = self._loader.submit(self._load, index + 1)
             yield index
             if index + 1 < len(self.model.layers):
-                self._lockstep.advance()  # past the last layer only when logits are asked for
+                with self._time.spend(COMPUTING):
+                    self._lockstep.advance()  # past the last layer only when logits are asked for
             self.model.free_layer(index)
             _return_memory()
+            if index + 1 < len(self.model.layers) and not self.way.prefetch:
+                following = self._loader.submit(self._load, index + 1)
 
     def _run(
         self,
@@ -182,8 +215,16 @@ class Walk:
     ) -> None:
         """One layer, which is in memory."""
         site = self.model.sites.get(index)
-        if site is None or not needs:
-            self._lockstep.run(finished=lambda job: self._step())
+        if site is not None and self._is_chunked(index):
+            statistics = self._run_chunked(site, needs)
+            if statistics is not None and visit is not None and visit(site, statistics):
+                raise BudgetError(
+                    "weights cannot be changed where the experts of a layer do not fit in memory",
+                    "give more --memory",
+                )
+        elif site is None or not needs:
+            with self._time.spend(COMPUTING):
+                self._lockstep.run(finished=lambda job: self._step())
         else:
             statistics = self._observe(site, needs)
             if visit is not None and visit(site, statistics):
@@ -214,8 +255,49 @@ class Walk:
 
     def _load(self, index: int) -> None:
         torch.set_num_threads(1)  # this thread's copies; the batches' threads have the other cores
-        self.model.load_layer(index)
+        with self._time.spend(LOADING):
+            if self._is_chunked(index):
+                self.model.load_without(index, parameters(self.model.sites[index]))
+            else:
+                self.model.load_layer(index)
+        self._time.read(p.nbytes for p in self.model.layers[index].parameters() if not p.is_meta)
         _return_memory()  # the pieces that fused tensors were made of
+
+    def _is_chunked(self, index: int) -> bool:
+        site = self.model.sites.get(index)
+        return self.chunks and site is not None and self.way.chunk < site.shape.experts
+
+    def _run_chunked(self, site: MoESite, needs: Sequence[str]) -> LayerStatistics | None:
+        """A layer whose experts are loaded some at a time; its statistics, if it is observed."""
+
+        def collector(index: int, statistics: LayerStatistics) -> Collector:
+            return self.batches[index].collector(statistics, self.model.device)
+
+        def empty() -> LayerStatistics:
+            return LayerStatistics.empty(site.shape, needs, self.model.device)
+
+        def loading(load: Callable[[], int]) -> None:
+            with self._time.spend(WAITING):
+                self._time.read([load()])
+            _return_memory()
+
+        layer = ChunkedLayer(
+            site,
+            ExpertRanges(self.model, site),
+            self._lockstep,
+            self.way.chunk,
+            self._hidden,
+            collector if needs else None,
+            (lambda: LayerStatistics.empty(site.shape, needs, self.model.device))
+            if needs
+            else None,
+            lambda job: self._step(),
+            loading,
+            self.offset,
+            self.ranks,
+        )
+        with self._time.spend(COMPUTING):
+            return layer.run()
 
     def _step(self) -> None:
         self._steps += 1
@@ -265,11 +347,14 @@ class Walk:
         def merge(job: Job) -> None:
             assert job.collector is not None
             self._collected(site, job.index, job.collector.statistics)
-            fold.add(cast(S, job.collector.statistics))
+            with self._time.spend(MERGING):
+                fold.add(cast(S, job.collector.statistics))
             job.collector = None
             step()
 
-        with observed(site, empty().needs_router):
+        if not window and self._hidden is not None:
+            window = self._lockstep.workers + 1  # sums of batches that wait to be added are memory
+        with self._time.spend(COMPUTING), observed(site, empty().needs_router):
             self._lockstep.run(collect, merge, window, self._observed_jobs())
         return self.ranks.total(fold, empty)
 

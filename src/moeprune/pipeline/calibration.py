@@ -124,7 +124,7 @@ def _walk(
     stream = None if tap is None else tap.note
     observe(
         model, domains, compute, needs, visit, progress, seed,
-        stream=stream, done=done, states=states,
+        stream=stream, done=done, states=states, chunks=True,
     )  # fmt: skip
 
 
@@ -170,6 +170,7 @@ def observe(
     stream: Callable[[Sequence[object]], None] | None = None,
     done: Callable[[int], None] = lambda index: None,
     states: WalkStates | None = None,
+    chunks: bool = False,
 ) -> None:
     """Walk ``model`` over ``domains`` and show ``visit`` every MoE layer with its statistics.
 
@@ -177,6 +178,7 @@ def observe(
     ``opened`` gets the walk before it starts: ``visit`` can let it run the layer again.
     ``stream`` is as in ``Walk.layers``; ``done`` is told every layer that is done. With ``states``
     the walk begins at their start, and they keep what layers make of the text, after ``done``.
+    ``chunks`` is as in ``Walk``: for visits that look at statistics alone.
     """
 
     def tell(steps: int, total: int) -> None:
@@ -195,6 +197,6 @@ def observe(
         if stream is not None:
             stream(entered)
 
-    with Walk(model, batches, compute.workers, tell, start, ranks, offset) as walk:
+    with Walk(model, batches, compute.workers, tell, start, ranks, offset, needs, chunks) as walk:
         opened(walk)
         walk.layers(needs, visit, stream if ranks.size == 1 else together, finished)

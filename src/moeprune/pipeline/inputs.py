@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moeprune.core.profile import Profile
 from moeprune.errors import DataError, MoepruneError, OutputError
 from moeprune.models import data
+from moeprune.models.bounds import Limits, check
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
@@ -68,6 +70,11 @@ class Compute:
         workers: batches that compute at once; 0 takes one per core.
         trust_remote_code: run the Python files that a checkpoint brings; never without this.
         ranks: the processes that share the work (``moeprune.models.ranks.joined``).
+        memory: bytes that the process is to stay below; None is no limit. Results do not depend
+            on it.
+        memory_dir: where hidden states go that it has no room for; None takes the system's.
+        tell: gets a line on what was given up for it.
+        profile: counts where time goes.
     """
 
     device: str = "cpu"
@@ -75,6 +82,16 @@ class Compute:
     workers: int = 0
     trust_remote_code: bool = False
     ranks: Ranks = ALONE
+    memory: int | None = None
+    memory_dir: Path | None = None
+    tell: Callable[[str], None] = field(default=unheard, compare=False, repr=False)
+    profile: Profile | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def limits(self) -> Limits:
+        """What walks are held to."""
+        profile = Profile() if self.profile is None else self.profile
+        return Limits(self.memory, self.memory_dir, tell=self.tell, profile=profile)
 
     def open(self, checkpoint: Checkpoint) -> LayeredModel:
         """The model, ready to walk.
@@ -86,7 +103,10 @@ class Compute:
             raise MoepruneError(f"unknown dtype {self.dtype!r}", f"auto, {', '.join(DTYPES)}")
         if self.workers < 0:
             raise MoepruneError(f"--workers must be at least 0 (got {self.workers})")
-        return LayeredModel(checkpoint, DTYPES.get(self.dtype), self.usable_device())
+        check(self.limits)
+        model = LayeredModel(checkpoint, DTYPES.get(self.dtype), self.usable_device())
+        model.limits = self.limits
+        return model
 
     def usable_device(self) -> torch.device:
         """The device, which has been tried.

@@ -55,6 +55,8 @@ def verify(
         if file is not None and not file.exists():
             raise PlanError(f"no plan at {file}", "give the output of moeprune plan")
         original = Checkpoint.open(against)
-        subject.reference = Reference(original, file, subject, compute.device, compute.dtype)
+        subject.reference = Reference(
+            original, file, subject, compute.device, compute.dtype, compute.limits
+        )
         compute.open(original)  # a device or an original that cannot be used shows now
     return run(subject)

@@ -254,6 +254,7 @@ def logits(subject: Subject) -> Found:
             lambda done, total: subject.progress("comparing logits", done, total),
             () if reference.shallower is None else reference.shallower.dropped,
             planned,
+            reference.limits,
         )
     except SeveralStates as error:
         raise Skip(

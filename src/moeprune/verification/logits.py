@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moeprune.core.layer_plan import LayerPlan
 from moeprune.errors import DataError, MoepruneError
+from moeprune.models.bounds import Limits
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.data import demo_text, load_tokenizer, token_keys, tokenise
 from moeprune.models.depth import pass_through
@@ -38,6 +39,7 @@ def compare_logits(
     progress: Callable[[int, int], None] = lambda done, total: None,
     skipped: Sequence[int] = (),
     planned: Mapping[int, LayerPlan] | None = None,
+    limits: Limits = Limits(),
 ) -> dict[str, Any]:
     """Walk both models over a few short sequences, layer by layer.
 
@@ -50,6 +52,7 @@ def compare_logits(
         progress: told (steps done, steps in all).
         skipped: layers of the original that are left out.
         planned: edits of the original's layers that are made instead of restricting them.
+        limits: what the walks are held to.
 
     Raises:
         MoepruneError: a model cannot be run, or the two have different vocabularies.
@@ -60,6 +63,7 @@ def compare_logits(
     if planned is not None:
         first = PlannedModel(original, planned, computed, device)
     second = AlignedModel(result, computed, device)
+    first.limits = second.limits = limits
     sizes = [text_config(model.config).vocab_size for model in (first, second)]
     if sizes[0] != sizes[1]:
         raise MoepruneError(f"the vocabularies have {sizes[0]} and {sizes[1]} tokens")

@@ -12,6 +12,7 @@ from torch import Tensor
 from moeprune.core.plan import Plan
 from moeprune.core.shapes import ROLES
 from moeprune.errors import PlanError
+from moeprune.models.bounds import Limits
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.counts import Slots, padded_slots
 from moeprune.models.depth import Shallower
@@ -63,6 +64,7 @@ class Reference:
         subject: the checkpoint under test.
         inferred: whether the edits were read off the experts' bytes, for want of a plan.
         device, dtype: to compute with.
+        limits: what walks are held to.
     """
 
     checkpoint: Checkpoint
@@ -70,6 +72,7 @@ class Reference:
     subject: Subject
     device: str = "cpu"
     dtype: str = "float32"
+    limits: Limits = field(default_factory=Limits)
     inferred: bool = field(default=False, init=False)
 
     @cached_property

@@ -1,0 +1,156 @@
+"""What a walk gives up, and in which order, to stay within a budget of memory: arithmetic on sizes.
+
+A walk holds resident tensors, one or two layers, the hidden states of all batches, and for every
+batch that computes its intermediate tensors and statistics. What is given up first costs least:
+hidden states move to a file, then the next layer is not read ahead, then fewer batches compute at
+once, then the experts of a layer are loaded some at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moeprune.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of what a walk holds.
+
+    Attributes:
+        base: the process before the walk, whatever it has loaded already.
+        resident: tensors outside the decoder layers that are still to be loaded.
+        layer: the largest decoder layer in the dtype computed in.
+        rest: the largest decoder layer without its experts.
+        source: tensors of a layer that stand beside those which are made of them while it is
+            loaded (experts stored one by one or quantised), at most.
+        experts: experts of a layer.
+        batches: how many.
+        hidden: what the largest batch holds between layers.
+        work: what a batch holds while a layer computes, beyond its hidden states.
+        logits: of a batch, which come when the layers are done; 0 where there are none.
+        statistics: one set of sums of a layer.
+        workers: batches that compute at once, at most.
+        chunks: whether experts can be loaded some at a time.
+    """
+
+    base: int
+    resident: int
+    layer: int
+    rest: int
+    source: int
+    experts: int
+    batches: int
+    hidden: int
+    work: int
+    logits: int
+    statistics: int
+    workers: int
+    chunks: bool = True
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a walk runs.
+
+    Attributes:
+        in_memory: batches whose hidden states stay in memory; those of the others are in a file.
+        prefetch: whether the next layer is read while one computes.
+        workers: batches that compute at once.
+        chunk: experts that are in memory at once; all of them where layers are loaded whole.
+        peak: bytes that this takes at most, by the sizes.
+    """
+
+    in_memory: int
+    prefetch: bool
+    workers: int
+    chunk: int
+    peak: int = 0
+
+
+def peak(sizes: Sizes, decision: Decision) -> int:
+    """Largest number of bytes that a walk holds."""
+    workers = min(decision.workers, max(1, sizes.batches))
+    held = sizes.base + sizes.resident + decision.in_memory * sizes.hidden
+    computing = workers * (sizes.work + sizes.hidden) + (workers + 2) * sizes.statistics
+    layer, source = sizes.layer, sizes.source
+    if decision.chunk < sizes.experts:
+        share = -(-(sizes.layer - sizes.rest) * decision.chunk // sizes.experts)
+        source = -(-sizes.source * decision.chunk // sizes.experts)
+        layer = sizes.rest + share
+    if decision.prefetch:
+        walking = 2 * layer + source + computing
+    else:
+        walking = layer + max(source, computing)
+    return held + max(walking, workers * (sizes.logits + sizes.hidden))
+
+
+def decide(sizes: Sizes, budget: int, later: int = 0) -> Decision:
+    """The first way to walk, in the order of what it costs, that stays within ``budget`` bytes.
+
+    Hidden states in memory leave ``later`` bytes of it free.
+
+    Raises:
+        BudgetError: none does; the message names the smallest budget that works.
+    """
+    whole = Decision(sizes.batches, True, sizes.workers, sizes.experts)
+    if (expected := peak(sizes, whole)) <= budget - later:
+        return replace(whole, peak=expected)
+    for way in _ways(sizes):
+        spare = budget - peak(sizes, way)
+        if spare >= 0:
+            kept = min(sizes.batches, max(0, spare - later) // max(1, sizes.hidden))
+            chosen = replace(way, in_memory=kept if way.chunk == sizes.experts else 0)
+            return replace(chosen, peak=peak(sizes, chosen))
+    smallest = smallest_budget(sizes)
+    raise BudgetError(
+        f"--memory {show(budget)} is too small: before the walk the process has "
+        f"{show(sizes.base)}, embeddings and head take {show(sizes.resident)}, "
+        f"{_part(sizes)} {show(peak(sizes, way) - sizes.base - sizes.resident)}",
+        f"the smallest budget that works is --memory {show(smallest)}",
+    )
+
+
+def _part(sizes: Sizes) -> str:
+    if sizes.chunks and sizes.experts > 1:
+        return "a layer with one expert at a time and one batch"
+    return "one layer and one batch"
+
+
+def _ways(sizes: Sizes) -> list[Decision]:
+    """Ways with all hidden states in a file, from the fastest to the smallest."""
+    found = [Decision(0, True, sizes.workers, sizes.experts)]
+    found += [Decision(0, False, w, sizes.experts) for w in range(sizes.workers, 0, -1)]
+    if sizes.chunks:
+        found += [Decision(0, False, 1, n) for n in range(sizes.experts - 1, 0, -1)]
+    return found
+
+
+def smallest_budget(sizes: Sizes) -> int:
+    """The least that a walk can do with, rounded up to what ``show`` can say."""
+    least = min(peak(sizes, way) for way in _ways(sizes))
+    step = 1 << 20
+    return -(-least // step) * step
+
+
+def show(size: int) -> str:
+    """Bytes as ``targets.parse_size`` reads them: MiB, or GiB where that is short."""
+    if size >= 10 << 30 and size % ((1 << 30) // 4) == 0:
+        return f"{size / 2**30:g}GiB"
+    return f"{-(-size // (1 << 20))}MiB"
+
+
+def describe(decision: Decision, sizes: Sizes, budget: int) -> str:
+    """One line for people."""
+    parts = [f"memory {show(budget)}, expected {show(decision.peak)}"]
+    filed = sizes.batches - decision.in_memory
+    if filed:
+        size = show(filed * sizes.hidden)
+        parts.append(f"hidden states of {filed} of {sizes.batches} batches in a file ({size})")
+    else:
+        parts.append("hidden states in memory")
+    parts.append("next layer read ahead" if decision.prefetch else "one layer at a time")
+    parts.append(f"{decision.workers} batch{'es' if decision.workers > 1 else ''} at once")
+    if decision.chunk < sizes.experts:
+        parts.append(f"{decision.chunk} of {sizes.experts} experts in memory at a time")
+    return "; ".join(parts)

@@ -1,0 +1,224 @@
+"""How a walk over a model stays within a budget: what its parts measure, and what is given up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeprune.core.accumulators import SAMPLE_SIZE
+from moeprune.core.memory import Decision, Sizes, decide, describe
+from moeprune.core.profile import HIDDEN, Profile
+from moeprune.core.statistics import LayerStatistics
+from moeprune.errors import MoepruneError
+from moeprune.models.expert_ranges import whole_only
+from moeprune.models.hidden import HiddenStates, refuse_memory
+from moeprune.models.native import text_config
+from moeprune.models.process import resident_memory
+
+if TYPE_CHECKING:
+    from moeprune.models.loading import LayeredModel
+
+RESIDENT = -1
+"""Key of the tensors outside the decoder layers: embeddings, final norm, head."""
+
+_STATES = 3  # a batch holds its embeddings, what went into a layer, and what came out
+_SLACK = 128 << 20  # scratch memory and compiled kernels of matrix libraries
+
+
+def _no_word(text: str) -> None:
+    """Nobody is told."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What walks over a model are held to.
+
+    Attributes:
+        memory: bytes of the whole process; None is no limit.
+        folder: where hidden states go that have no room; None takes the system's.
+        beside: bytes that whoever walks takes for himself while he does.
+        later: bytes that hidden states leave free, for models that are walked beside this one.
+        tell: gets a line on what was decided.
+        profile: counts where time goes.
+    """
+
+    memory: int | None = None
+    folder: Path | None = None
+    beside: int = 0
+    later: int = 0
+    tell: Callable[[str], None] = _no_word
+    profile: Profile = field(default_factory=Profile)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What goes through a model.
+
+    Attributes:
+        tokens: of each batch, as (rows, tokens per row).
+        workers: batches that may compute at once.
+        needs: accumulators that are collected.
+        chunks: whether the experts of a layer may be loaded some at a time.
+        shared: whether batches hand their states to each other.
+        logits: whether they go on through the head.
+    """
+
+    tokens: Sequence[tuple[int, int]]
+    workers: int
+    needs: Sequence[str] = ()
+    chunks: bool = False
+    shared: bool = False
+    logits: bool = True
+
+
+def bounded(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | None]:
+    """How to walk; without a budget everything in memory, the next layer read ahead.
+
+    Raises:
+        BudgetError: the budget is too small.
+        OutputError: there is no room for the file of hidden states.
+    """
+    limits = model.limits
+    experts = max((site.shape.experts for site in model.sites.values()), default=1)
+    everything = Decision(len(load.tokens), True, load.workers, experts)
+    if limits.memory is None:
+        return everything, None
+    if model.device.type != "cpu":
+        raise MoepruneError(
+            "--memory bounds what a walk holds on the CPU", f"leave it out with {model.device}"
+        )
+    sizes = sizes_of(model, load)
+    decision = decide(sizes, limits.memory, limits.later)
+    if decision.chunk < experts or (load.shared and decision.in_memory < len(load.tokens)):
+        decision = Decision(0, decision.prefetch, decision.workers, decision.chunk, decision.peak)
+    limits.profile.starved |= not decision.prefetch
+    limits.tell(describe(decision, sizes, limits.memory))
+    if decision.in_memory == len(load.tokens):
+        return decision, None
+    filed = list(load.tokens)[decision.in_memory :]
+    width = _width(model) * (_STATES + (decision.chunk < experts) * (1 + _top_k(model)))
+    reserve = sum(rows * length * width for rows, length in filed)
+
+    def spent(seconds: float) -> None:  # copied while the other workers compute
+        limits.profile.move(HIDDEN, "computing", seconds / decision.workers)
+
+    return decision, HiddenStates(limits.folder, decision.in_memory, reserve, spent=spent)
+
+
+def share(models: Sequence[LayeredModel]) -> None:
+    """Tell models that are walked one after another, and kept, to leave room for the next ones."""
+    for number, model in enumerate(models):
+        later = sum(map(outside_bytes, models[number + 1 :]))
+        model.limits = replace(model.limits, later=later)
+
+
+def outside_bytes(model: LayeredModel) -> int:
+    """Embeddings, head, final norm, and whatever else is not in the decoder layers."""
+    return _stored(model)[RESIDENT][0]
+
+
+def check(limits: Limits) -> None:
+    """Raise if the folder cannot take hidden states, before anything is read."""
+    if limits.folder is not None:
+        refuse_memory(limits.folder)
+
+
+def sizes_of(model: LayeredModel, load: Load) -> Sizes:
+    """What a walk would hold, from shapes alone; the process is measured."""
+    layers, stored = range(len(model.layers)), _stored(model)
+    whole = [_nbytes(model.layers[index].parameters()) for index in layers]
+    inside = [
+        _nbytes(model.sites[index].experts.parameters()) if index in model.sites else 0
+        for index in layers
+    ]
+    tokens = max((rows * length for rows, length in load.tokens), default=0)
+    largest = max(load.tokens, key=lambda shape: shape[0] * shape[1], default=(0, 0))
+    return Sizes(
+        base=(resident_memory() or 0) + _SLACK + model.limits.beside,
+        resident=0 if model.is_resident else stored[RESIDENT][0],
+        layer=max(whole, default=0),
+        rest=max((a - b for a, b in zip(whole, inside, strict=True)), default=0),
+        source=max((stored[index][1] + model.copies * whole[index] for index in layers), default=0),
+        experts=max((site.shape.experts for site in model.sites.values()), default=1),
+        batches=len(load.tokens),
+        hidden=_STATES * tokens * _width(model),
+        work=_work(model, *largest),
+        logits=_logits(model, tokens) if load.logits else 0,
+        statistics=_statistics(model, load.needs),
+        workers=load.workers,
+        chunks=load.chunks and whole_only(model) is None,
+    )
+
+
+def _stored(model: LayeredModel) -> dict[int, tuple[int, int]]:
+    """By layer: bytes of its weights in memory, and of what they are made of while it is loaded."""
+    found: dict[int, tuple[int, int]] = {}
+    weights, tensors = model.quantisation.weights, model.checkpoint.tensors
+    for index in (RESIDENT, *range(len(model.layers))):
+        made = source = 0
+        for key, _, pattern in model.stored(index):
+            part = weights.get(key)
+            shape = tensors[key].shape if part is None else part.shape
+            size = math.prod(shape) * model.dtype.itemsize
+            disk = sum(tensors[k].nbytes for k in ({key} if part is None else {part.stored}))
+            made += size
+            if part is not None or disk != size:
+                source += disk + (size if pattern is not None else 0)
+            elif pattern is not None:
+                source += disk
+        found[index] = (made, source)
+    return found
+
+
+def _nbytes(parameters: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _width(model: LayeredModel) -> int:
+    """Bytes of one token's hidden state; some models carry several streams side by side."""
+    config = text_config(model.config)
+    streams = getattr(config, "hc_mult", None) or 1
+    return int(config.hidden_size) * model.dtype.itemsize * int(streams)
+
+
+def _top_k(model: LayeredModel) -> int:
+    return max((site.shape.top_k for site in model.sites.values()), default=0)
+
+
+def _work(model: LayeredModel, rows: int, length: int) -> int:
+    """Intermediate tensors of a batch in a layer: an estimate from above, checked by tests.
+
+    The widest of attention, with norms in float32, and experts, all slots of all tokens; observed
+    rows in float32 for an expert that gets every token.
+    """
+    config, size = text_config(model.config), model.dtype.itemsize
+    T, hidden = rows * length, int(config.hidden_size)
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    head = int(getattr(config, "head_dim", 0) or hidden // heads)
+    attention = T * (6 * heads * head * size + 4 * hidden * 4)
+    if getattr(config, "_attn_implementation", "") == "eager":
+        attention += rows * heads * length * length * (4 + size)
+    dense = T * 3 * size * int(getattr(config, "intermediate_size", 0) or 0)
+    inner = max((site.shape.intermediate for site in model.sites.values()), default=0)
+    experts = T * (_top_k(model) * (hidden + inner) * 2 * size + 4 * (3 * hidden + 5 * inner))
+    return max(attention, dense, experts) + T * 2 * hidden * size
+
+
+def _logits(model: LayeredModel, tokens: int) -> int:
+    """Logits of a batch, and what is made of them."""
+    return tokens * int(text_config(model.config).vocab_size) * (2 * model.dtype.itemsize)
+
+
+def _statistics(model: LayeredModel, needs: Sequence[str]) -> int:
+    """One set of sums of the largest layer."""
+    found = 0
+    for site in model.sites.values():
+        parts = LayerStatistics.empty(site.shape, needs, "meta").parts.values()
+        own = sum(t.nbytes for part in parts for _, t in part.tensors())
+        row = site.shape.hidden + site.shape.experts + 3 * site.shape.top_k
+        sample = any(part.sampled for part in parts)
+        found = max(found, own + sample * SAMPLE_SIZE * row * 4)
+    return found
