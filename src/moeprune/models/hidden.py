@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from moeprune.errors import OutputError
 
 _IN_MEMORY = ("tmpfs", "ramfs")
+_MOUNTS = Path("/proc/self/mounts")
 _SMALLEST = 1 << 14  # bytes; what is smaller is not worth a place in a file
 
 
@@ -206,10 +207,10 @@ def refuse_memory(folder: Path) -> None:
         )
 
 
-def _file_system(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
+def _file_system(folder: Path) -> str:
     """The type of the file system of ``folder``; empty where the system does not say."""
     try:
-        lines = mounts.read_text().splitlines()
+        lines = _MOUNTS.read_text().splitlines()
     except OSError:
         return ""
     best, kind = "", ""

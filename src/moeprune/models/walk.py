@@ -133,14 +133,7 @@ class Walk:
         start = self.start
         passing = () if start is None else (start.layer, start.pass_on)
         self._lockstep = self._stack.enter_context(
-            Lockstep(
-                self.model.model,
-                self.model.layers,
-                inputs,
-                self.way.workers,
-                self._hidden,
-                *passing,
-            )
+            Lockstep(self.model.model, self.model.layers, inputs, *how, *passing)
         )
         if start is not None:
             for job in self._lockstep.jobs:  # all stand at the layer that is done
