@@ -132,6 +132,7 @@ class Walk:
         self._loader = self._stack.enter_context(ThreadPoolExecutor(1, "moeprune-loader"))
         start = self.start
         passing = () if start is None else (start.layer, start.pass_on)
+        how = (self.way.workers, self._hidden)
         self._lockstep = self._stack.enter_context(
             Lockstep(self.model.model, self.model.layers, inputs, *how, *passing)
         )

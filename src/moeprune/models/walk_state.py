@@ -145,17 +145,18 @@ class WalkStates:
         """Whether no layer is left."""
         return self._all == len(self.model.layers) - 1
 
-    def resume(self, has: Callable[[int], bool], what: str) -> Start | None:
+    def resume(self, has: Callable[[int], bool], what: str, outputs: bool = False) -> Start | None:
         """Go on behind the newest whole state, if there is one; says so, or why there is none.
 
         Args:
             has: whether all else that was made of a layer is kept.
             what: goes on, for the note.
+            outputs: what the last layer makes is wanted, and not only what ``has`` knows of.
         """
         layers = len(self.model.layers)
         own = next((index for index in range(layers) if not has(index)), layers)
         done = min(self.ranks.gather(own))
-        if done == layers:
+        if done == layers and not outputs:
             self._all = layers - 1
             return None
         why = refusal(self.model) or "no state of the walk is kept"

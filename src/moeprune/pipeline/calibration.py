@@ -30,8 +30,8 @@ from moeprune.pipeline.inputs import (
     model_name,
     read_calibration,
     refuse_source,
+    say,
     silent,
-    unheard,
 )
 from moeprune.pipeline.sharing import drop_others, kept_by, merged, own_batches
 from moeprune.work import refuse_finished, work_folder
@@ -47,7 +47,7 @@ def calibrate(
     compute: Compute = Compute(),
     force: bool = False,
     progress: Progress = silent,
-    note: Note = unheard,
+    note: Note = say,
 ) -> StatisticsStore:
     """Walk the model over calibration text and save the statistics of every MoE layer.
 

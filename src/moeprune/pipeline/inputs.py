@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +35,10 @@ _POOL = 4
 
 def silent(what: str, done: int, total: int) -> None:
     """No progress."""
+
+
+say: Note = logging.getLogger("moeprune").warning
+"""Notes on stderr, unless the program that calls has set up its logging otherwise."""
 
 
 def unheard(text: str) -> None:

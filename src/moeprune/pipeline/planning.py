@@ -33,8 +33,8 @@ from moeprune.pipeline.inputs import (
     Text,
     describe_model,
     model_name,
+    say,
     silent,
-    unheard,
 )
 from moeprune.pipeline.views import Views
 from moeprune.work import work_folder
@@ -56,7 +56,7 @@ def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
     memo: dict[Any, Any] | None = None,
     out: Source | None = None,
     force: bool = False,
-    note: Note = unheard,
+    note: Note = say,
 ) -> Plan:
     """Decide what happens to every expert.
 
