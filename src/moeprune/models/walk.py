@@ -65,6 +65,11 @@ class Batch:
     domain_B: Tensor | None = None
     watched_M: Tensor | None = None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows, and tokens per row."""
+        return len(self.ids_BL), self.ids_BL.shape[1]
+
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
         found = {"input_ids": self.ids_BL.to(device)}
@@ -120,7 +125,7 @@ class Walk:
     def __enter__(self) -> Walk:
         self._time = self.model.limits.profile
         workers = self.workers or default_workers(self.model.device)
-        tokens = [(len(b.ids_BL), b.ids_BL.shape[1]) for b in self.batches]
+        tokens = [batch.size for batch in self.batches]
         load = Load(tokens, workers, self.needs, self.chunks, self.shared, not self.needs)
         self.way, self._hidden = bounded(self.model, load)
         self.way = replace(self.way, chunk=min(self.ranks.gather(self.way.chunk)))
