@@ -34,7 +34,7 @@ from moeprune.files import (
 )
 
 FORMAT = "moeprune.work/1"
-STAGES = ("calibration", "plan", "writing", "evaluation")
+STAGES = ("calibration", "plan", "writing", "evaluation", "pruning")
 RUN, SUMS, OUTPUT, _PUBLISHING = "run.json", "sums", "output", "publishing"
 _MOST = 1 << 24
 _SHOWN = 3

@@ -20,7 +20,11 @@ def share_cores(processes: int) -> None:
 
     torchrun sets OMP_NUM_THREADS to 1, which would leave the others idle.
     """
-    threads = max(1, cores() // processes)
+    use_cores(max(1, cores() // processes))
+
+
+def use_cores(threads: int) -> None:
+    """Compute with so many cores, in this thread and in what it starts."""
     torch.set_num_threads(threads)
     os.environ["NUMBA_NUM_THREADS"] = str(threads)
     if "numba" in sys.modules:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from moeprune.core.profile import Profile
 from moeprune.errors import DataError, MoepruneError, OutputError
+from moeprune.files import sha256_bytes, sha256_file
 from moeprune.models import data
 from moeprune.models.bounds import Limits, check
 from moeprune.models.checkpoint import Checkpoint
@@ -155,6 +156,15 @@ def model_name(source: Source) -> str:
     """A short name for tables and plans."""
     text = os.fspath(source)
     return Path(text).resolve().name if Path(text).exists() else text
+
+
+def hash_of_sources(sources: Sequence[str], kind: str) -> str:
+    """What identifies calibration text before it is read: the bytes of files, names of datasets."""
+    parts = [
+        f"{name}={sha256_file(source) if isinstance(source, Path) else source}"
+        for name, source in sorted(data.find_sources(sources, kind).items())
+    ]
+    return sha256_bytes("\n".join(parts).encode())
 
 
 def read_calibration(checkpoint: Checkpoint, text: Text) -> list[data.Domain]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,21 @@ from moeprune.core.constraints import Constraints
 from moeprune.core.method import Method
 from moeprune.core.targets import Target
 from moeprune.errors import MoepruneError
-from moeprune.files import json_bytes, sha256_bytes
+from moeprune.files import sha256_bytes
 from moeprune.models.editing import Writing
 from moeprune.models.store import StatisticsStore, versions
-from moeprune.pipeline.inputs import Compute, Text
+from moeprune.pipeline.inputs import Compute, Text, hash_of_sources
 from moeprune.work import work_folder
 
 _PARTS = ("statistics-", "plan-")
 
 
 def inputs_of(fingerprint: str, text: Text, compute: Compute) -> dict[str, Any]:
-    """What decides the statistics but for their choice; their own folder knows the words read."""
+    """What decides statistics, but for what is collected."""
+    settings = f"{text.sequences} x {text.length}, seed {text.seed}, {dict(text.mix)}"
     return {
         "model": fingerprint,
-        "text": json_bytes(asdict(text)).decode(),
+        "text": f"{settings}, {hash_of_sources(text.sources, 'calibration')}",
         "dtype": compute.dtype,
         "device": compute.usable_device().type,
         "versions": versions(),
@@ -70,7 +70,9 @@ def plan_name(
     seed: int,
     constraints: Constraints,
     writing: Writing,
+    statistics: Path | None,
 ) -> str:
     """A file's name that says what was asked for."""
-    asked = repr((method, budget, uniform, seed, constraints, writing))
+    known = None if statistics is None else StatisticsStore.open(statistics).summary["sha256"]
+    asked = repr((method, budget, uniform, seed, constraints, writing, known))
     return f"plan-{sha256_bytes(asked.encode())[:12]}.json"
