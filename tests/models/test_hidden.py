@@ -80,9 +80,7 @@ def test_nothing_is_left_on_the_disk(tmp_path: Path) -> None:
     assert float(tensor.sum()) == ROWS
 
 
-def test_a_full_disk_shows_before_the_walk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_shows_before_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: int, start: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 

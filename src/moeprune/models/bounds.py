@@ -26,6 +26,7 @@ RESIDENT = -1
 
 _STATES = 3  # a batch holds its embeddings, what went into a layer, and what came out
 _SLACK = 128 << 20  # scratch memory and compiled kernels of matrix libraries
+_FIRST: list[int] = []  # the size of the process when it was looked at first
 
 
 def _no_word(text: str) -> None:
@@ -108,11 +109,23 @@ def bounded(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | N
     return decision, HiddenStates(limits.folder, decision.in_memory, reserve, spent=spent)
 
 
-def share(models: Sequence[LayeredModel]) -> None:
-    """Tell models that are walked one after another, and kept, to leave room for the next ones."""
+def share(models: Sequence[LayeredModel], load: Load) -> None:
+    """Prepare models that are walked one after another and stay open to share one budget.
+
+    Hidden states of the first leave room for what the next ones keep, and a budget that is too
+    small for one of them shows before the first walk.
+
+    Raises:
+        BudgetError: it is too small.
+    """
+    outside = [outside_bytes(model) for model in models]
     for number, model in enumerate(models):
-        later = sum(map(outside_bytes, models[number + 1 :]))
-        model.limits = replace(model.limits, later=later)
+        memory = model.limits.memory
+        if memory is not None:
+            model.limits = replace(model.limits, later=sum(outside[number + 1 :]))
+            sizes = sizes_of(model, load)
+            # by then the file has all hidden states of those before it
+            decide(replace(sizes, base=sizes.base + sum(outside[:number])), memory)
 
 
 def outside_bytes(model: LayeredModel) -> int:
@@ -137,7 +150,7 @@ def sizes_of(model: LayeredModel, load: Load) -> Sizes:
     tokens = max((rows * length for rows, length in load.tokens), default=0)
     largest = max(load.tokens, key=lambda shape: shape[0] * shape[1], default=(0, 0))
     return Sizes(
-        base=(resident_memory() or 0) + _SLACK + model.limits.beside,
+        base=_process() + model.limits.beside,
         resident=0 if model.is_resident else stored[RESIDENT][0],
         layer=max(whole, default=0),
         rest=max((a - b for a, b in zip(whole, inside, strict=True)), default=0),
@@ -175,6 +188,14 @@ def _stored(model: LayeredModel) -> dict[int, tuple[int, int]]:
                 source += disk
         found[index] = (made, source + one)
     return found
+
+
+def _process() -> int:
+    """What the process takes, with what libraries will take in its first walk."""
+    now = resident_memory() or 0
+    if not _FIRST:
+        _FIRST.append(now)
+    return max(now, _FIRST[0] + _SLACK)
 
 
 def _nbytes(parameters: Any) -> int:
