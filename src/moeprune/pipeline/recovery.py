@@ -63,6 +63,7 @@ def recover(
     made = training(chosen) if isinstance(chosen, str) else chosen
     out = Path(out)
     if made.layerwise:
+<<<<<<< HEAD
         return recover_layers(
             source, teacher, out, made, text, compute, resume, force, listen, progress, processes
         )
@@ -70,6 +71,13 @@ def recover(
         raise MoepruneError(
             "--memory is for training layer by layer", "add --layerwise, or leave it out"
         )
+=======
+        with ExitStack() as holding:
+            return recover_layers(
+                source, teacher, out, made, text, compute, resume, force, listen, progress,
+                processes, holding,
+            )  # fmt: skip
+>>>>>>> 66e0cbfdebf1dc7b8ef321f5031f12c6a33c071b
     if processes != 1:
         raise MoepruneError(
             "--processes is for training layer by layer",
@@ -78,11 +86,12 @@ def recover(
     folder = StateFolder(out)
     device = compute.usable_device()
     accelerator = open_accelerator(compute.device == "cpu", made)
-    run = open_run(
-        source, teacher, out, made, text, compute, folder, resume, force, accelerator, progress
-    )
-    device = accelerator.device if compute.device == "cpu" else device
     with ExitStack() as stack:
+        run = open_run(
+            source, teacher, out, made, text, compute, folder, resume, force, accelerator, progress,
+            stack,
+        )  # fmt: skip
+        device = accelerator.device if compute.device == "cpu" else device
         session = Session(run.student, run.master, made, device, stack)
         done = session.train(run.domains, folder, run.header, resume, accelerator, listen)
         result = _result(session, out, done)
