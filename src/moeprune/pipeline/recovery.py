@@ -63,21 +63,15 @@ def recover(
     made = training(chosen) if isinstance(chosen, str) else chosen
     out = Path(out)
     if made.layerwise:
-<<<<<<< HEAD
-        return recover_layers(
-            source, teacher, out, made, text, compute, resume, force, listen, progress, processes
-        )
-    if compute.memory is not None:
-        raise MoepruneError(
-            "--memory is for training layer by layer", "add --layerwise, or leave it out"
-        )
-=======
         with ExitStack() as holding:
             return recover_layers(
                 source, teacher, out, made, text, compute, resume, force, listen, progress,
                 processes, holding,
             )  # fmt: skip
->>>>>>> 66e0cbfdebf1dc7b8ef321f5031f12c6a33c071b
+    if compute.memory is not None:
+        raise MoepruneError(
+            "--memory is for training layer by layer", "add --layerwise, or leave it out"
+        )
     if processes != 1:
         raise MoepruneError(
             "--processes is for training layer by layer",
