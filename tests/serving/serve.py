@@ -44,6 +44,12 @@ def peak_mebibytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
+def anonymous_mebibytes() -> int:
+    """The memory of this process now that belongs to no file."""
+    (line,) = (t for t in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in t)
+    return int(line.split()[1]) >> 10
+
+
 def generate(job: dict[str, Any]) -> dict[str, Any]:
     """What one checkpoint answers."""
     import transformers
@@ -81,7 +87,12 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     ]
     (experts,) = model.apply_model(expert_parameters)
     versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
-    return {"continuations": found, "versions": versions, "expert_parameters": experts}
+    return {
+        "continuations": found,
+        "versions": versions,
+        "expert_parameters": experts,
+        "mebibytes": anonymous_mebibytes(),
+    }
 
 
 def main(jobs: Path) -> None:
