@@ -7,7 +7,7 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-vllm lint bench figures compare clean
+.PHONY: demo test test-vllm lint bench survive figures compare clean
 
 demo: $(STAMP)
 	$(BIN)/moeprune demo --out demo-out --force
