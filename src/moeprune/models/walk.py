@@ -36,6 +36,8 @@ from moeprune.models.walk_state import Start
 # each, 1024 by default. The number of rows per expert differs with every batch, so most are used
 # once; fewer of them keep memory a matter of one layer. Read by torch at its first such product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+# Above it torch keeps another cache of them in every thread that multiplies, 1024 by default.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
 _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
