@@ -33,6 +33,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/methods_speed.py --layer
 
+# kill -9 at fifty random moments, and a hundred plans carried out in one process: docs/survive.md.
+survive: $(STAMP)
+	$(BIN)/python benchmarks/kill_test.py
+	$(BIN)/python benchmarks/soak.py
+
 # Regenerates every committed figure and table.
 figures: $(STAMP)
 	$(BIN)/python tests/golden/make.py

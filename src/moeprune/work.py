@@ -8,6 +8,7 @@ or a disk changed, is made again and never used.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -33,10 +34,11 @@ from moeprune.files import (
 )
 
 FORMAT = "moeprune.work/1"
-STAGES = ("calibration", "plan", "writing", "evaluation")
+STAGES = ("calibration", "plan", "writing", "evaluation", "pruning")
 RUN, SUMS, OUTPUT, _PUBLISHING = "run.json", "sums", "output", "publishing"
 _MOST = 1 << 24
 _SHOWN = 3
+_LOG = logging.getLogger(__name__)
 
 
 class WorkFolder:
@@ -48,9 +50,7 @@ class WorkFolder:
         note: told, in a line, what was found damaged.
     """
 
-    def __init__(
-        self, path: Path, out: Path, note: Callable[[str], None] = lambda text: None
-    ) -> None:
+    def __init__(self, path: Path, out: Path, note: Callable[[str], None] = _LOG.warning) -> None:
         self.path, self.out, self.note = path, out, note
 
     @property
@@ -62,6 +62,15 @@ class WorkFolder:
     def published(self) -> bool:
         """Whether the run was cut after its output had appeared, so that nothing is to be done."""
         return (self.path / _PUBLISHING).exists() and not self.output.exists() and self.out.is_dir()
+
+    def clean_output(self) -> Path:
+        """Make ``output`` a directory with kept files and nothing else; returns it."""
+        self.output.mkdir(exist_ok=True)
+        kept = {self.path / name for name in self.names()}
+        for entry in self.output.rglob("*"):
+            if entry not in kept and not entry.is_dir():
+                entry.unlink()
+        return self.output
 
     def publish(self, force: bool = False) -> None:
         """Make ``output`` the output of the run; see ``move_into_place``."""
@@ -184,7 +193,8 @@ def work_folder(
     stage: str,
     identity: Mapping[str, Any],
     force: bool = False,
-    note: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = _LOG.warning,
+    afresh: str = "start afresh with --force",
 ) -> Iterator[WorkFolder]:
     """The directory ``<out>.<stage>``: a new one, or the one in which such a run was interrupted.
 
@@ -197,6 +207,7 @@ def work_folder(
         identity: all that decides a byte of the output, by name: fingerprints, options, versions.
         force: whether a directory of another identity may be thrown away.
         note: told, in a line, what was found damaged, and what is kept after an error.
+        afresh: what else to do if it is of another identity, in words.
 
     Raises:
         OutputError: another process works in it, or it was made from other inputs; the message
@@ -214,7 +225,7 @@ def work_folder(
     folder = WorkFolder(path, out, note)
     try:
         with locked(path):
-            _enter(folder, stage, json.loads(json_bytes(dict(identity))), force)
+            _enter(folder, stage, json.loads(json_bytes(dict(identity))), force, afresh)
             with _told(folder), disk_errors(out):
                 yield folder
             shutil.rmtree(path, ignore_errors=True)
@@ -232,7 +243,9 @@ def _ours(path: Path) -> bool:
     )
 
 
-def _enter(folder: WorkFolder, stage: str, identity: dict[str, Any], force: bool) -> None:
+def _enter(
+    folder: WorkFolder, stage: str, identity: dict[str, Any], force: bool, afresh: str
+) -> None:
     """Take what is there if it is of the same inputs, or make it so."""
     file = folder.path / RUN
     if file.is_file():
@@ -243,7 +256,7 @@ def _enter(folder: WorkFolder, stage: str, identity: dict[str, Any], force: bool
             if not force:
                 raise OutputError(
                     f"{folder.path} was begun with other inputs: {differences}",
-                    "run it as it was begun, or start afresh with --force",
+                    f"run it as it was begun, or {afresh}",
                 )
         else:
             _drop_partial(folder.path)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from moeprune import __version__
-from moeprune.cli import output
+from moeprune.cli import output, together
 from moeprune.cli.audit import audit
 from moeprune.cli.compare import compare
 from moeprune.cli.demo import demo
@@ -33,7 +37,7 @@ app = typer.Typer(
 )
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # typer exports no name for it
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143
 
 for command in (
     inspect,
@@ -66,17 +70,40 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Options before the command."""
+    together.begin(context.invoked_subcommand)
+
+
+@contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """SIGTERM ends the block as Ctrl-C does; a second one ends the process at once.
+
+    Gives the signals that came.
+    """
+    came: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> None:
     """Entry point: errors that the user can mend are one or two lines and exit code 2."""
     try:
-        code = app(prog_name="moeprune", standalone_mode=False)
+        with _terminable() as came, together.session():
+            code = app(prog_name="moeprune", standalone_mode=False)
     except _UsageError as error:
         if problem := error.format_message():  # empty: no command was given, and help was shown
             context = error.ctx
@@ -91,4 +118,5 @@ def main() -> None:
         sys.exit(2)
     if code == _INTERRUPTED:
         output.note("interrupted; what was not finished was not kept")
+        code = _TERMINATED if came else code
     sys.exit(code or 0)
