@@ -289,9 +289,7 @@ class Walk:
             self.way.chunk,
             self._hidden,
             collector if needs else None,
-            (lambda: LayerStatistics.empty(site.shape, needs, self.model.device))
-            if needs
-            else None,
+            empty if needs else None,
             lambda job: self._step(),
             loading,
             self.offset,
@@ -353,7 +351,7 @@ class Walk:
             job.collector = None
             step()
 
-        if not window and self._hidden is not None:
+        if not window and self.model.limits.memory is not None:
             window = self._lockstep.workers + 1  # sums of batches that wait to be added are memory
         with self._time.spend(COMPUTING), observed(site, empty().needs_router):
             self._lockstep.run(collect, merge, window, self._observed_jobs())
