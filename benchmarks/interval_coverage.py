@@ -1,8 +1,10 @@
-"""How often the intervals of ``moeprune evaluate`` hold the truth, by simulation.
+"""How often the intervals of ``moeprune evaluate`` hold the truth.
 
-python benchmarks/interval_coverage.py [REPETITIONS [ROW]]     prints the table of docs/evaluate.md
+python benchmarks/interval_coverage.py [REPETITIONS [ROW]]     prints the tables of docs/evaluate.md
 
-or the rows alone whose names hold ROW, such as "documents of one domain 1.5".
+or the rows alone whose names hold ROW, such as "documents of one domain 1.5" or "shares".
+
+Means by simulation; differences of paired shares exactly: every outcome and its probability.
 
 Data are drawn as they look on the embedded model: documents of different lengths; what is lost
 differs between documents, skewed to the right; windows scatter more in documents that lose more.
@@ -12,20 +14,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from moeprune.evaluation.intervals import (
-    Estimate,
-    Interval,
-    combined,
-    estimate,
-    proportion_difference,
-)
+from moeprune.evaluation.intervals import Estimate, Interval, combined, estimate
+from moeprune.evaluation.shares import Pairs
 
 Floats = NDArray[np.float64]
 Draw = tuple[Interval, float]
@@ -109,14 +107,39 @@ def percentiles(rng: np.random.Generator, size: int, skew: float) -> Draw:
     return replace(found.interval(), low=float(low), high=float(high)), LOSS
 
 
-def questions(first: float, second: float) -> Callable[[np.random.Generator, int], Draw]:
-    """Two models of which each alone is right on such shares of the questions."""
+def exact(first: float, second: float, size: int) -> float:
+    """Probability that the interval of a difference of shares holds it.
 
-    def draw(rng: np.random.Generator, size: int) -> Draw:
-        one, two, _ = rng.multinomial(size, (first, second, 1.0 - first - second))
-        return proportion_difference(int(one), int(two), size), second - first
+    Over all outcomes, but for those of less than 1e-6 together.
 
-    return draw
+    Args:
+        first, second: shares of the questions that one of two models alone has right.
+        size: questions.
+    """
+    held = 0.0
+    for one in _likely(size, first):
+        # of the other questions, how many the second alone has right
+        rest, among = size - one, second / (1.0 - first) if first < 1.0 else 0.0
+        chance = float(stats.binom.pmf(one, size, first))
+        others = [two for two in _likely(rest, among) if _holds(one, two, size, second - first)]
+        held += chance * float(stats.binom.pmf(others, rest, among).sum())
+    return held
+
+
+def _likely(size: int, share: float) -> range:
+    low, high = stats.binom.ppf([1e-8, 1.0 - 1e-8], size, share)
+    return range(max(0, int(low)), int(high) + 1)
+
+
+def _holds(one: int, two: int, size: int, truth: float) -> bool:
+    low, high = _ends(one, two, size)
+    return low <= truth <= high
+
+
+@cache
+def _ends(one: int, two: int, size: int) -> tuple[float, float]:
+    found = Pairs(one, two, size).interval()
+    return found.low, found.high
 
 
 MEANS = {
@@ -128,8 +151,33 @@ MEANS = {
     "*Student's t, documents*": students_t,
     "*percentile bootstrap, documents*": percentiles,
 }
-SHARES = {"3 % and 3 %": (0.03, 0.03), "10 % and 5 %": (0.1, 0.05), "20 % and 20 %": (0.2, 0.2)}
-SIZES, SKEWS, QUESTIONS = (6, 8, 10, 15, 25, 50), (0.5, 1.0, 1.5), (50, 100, 200, 500, 2000)
+SIZES, SKEWS = (6, 8, 10, 15, 25, 50), (0.5, 1.0, 1.5)
+SHARES = {
+    "3 % and 3 %": (0.03, 0.03),
+    "5 % and 1 %": (0.05, 0.01),
+    "10 % and 5 %": (0.1, 0.05),
+    "20 % and 20 %": (0.2, 0.2),
+}
+QUESTIONS = (50, 100, 200, 500, 2000)
+DIFFERING = (1, 2, 3, 5, 7, 10, 12, 15, 20, 30, 50, 100)
+SPLITS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+GRID = (20, 35, 50, 100, 200, 500, 2000)
+
+
+def span(differing: float, split: float, sizes: Sequence[int] = GRID) -> tuple[float, float]:
+    """Least and largest coverage over numbers of questions.
+
+    Args:
+        differing: questions on which the models are expected to differ.
+        split: the smaller of both models' parts of these.
+        sizes: numbers of questions; those that are too few are left out.
+    """
+    found = [
+        exact(split * differing / size, (1.0 - split) * differing / size, size)
+        for size in sizes
+        if differing < size
+    ]
+    return min(found), max(found)
 
 
 def coverage(draw: Callable[[], Draw], repetitions: int) -> float:
@@ -154,13 +202,20 @@ def rows(repetitions: int, wanted: str = "") -> Iterator[list[str]]:
                 for size in SIZES
             ]
             yield [name, f"{skew:.1f}", *(f"{value:.1%}" for value in found)]
-    yield ["difference of shares right", "", *map(str, QUESTIONS)]
-    for name, (first, second) in SHARES.items():
-        if wanted not in f"one alone right: {name}":
-            continue
-        rng, draw = np.random.default_rng(5), questions(first, second)
-        found = [coverage(lambda d=draw, s=size, r=rng: d(r, s), repetitions) for size in QUESTIONS]
-        yield [f"one alone right: {name}", "", *(f"{value:.1%}" for value in found)]
+    yield from of_shares(wanted)
+
+
+def of_shares(wanted: str = "") -> Iterator[list[str]]:
+    """Lines of the tables of differences of shares."""
+    if wanted not in "difference of shares right":
+        return
+    yield ["difference of shares right", *map(str, QUESTIONS)]
+    for name, shares in SHARES.items():
+        yield [f"one alone right: {name}", *(f"{exact(*shares, size):.1%}" for size in QUESTIONS)]
+    yield ["expected to differ", *(f"{split:.0%} : {1.0 - split:.0%}" for split in SPLITS)]
+    for differing in DIFFERING:
+        spans = (span(differing, split) for split in SPLITS)
+        yield [str(differing), *(f"{least:.1%} to {most:.1%}" for least, most in spans)]
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from moeprune import Budget
 from moeprune.core.method import make_method
 from moeprune.models.store import StatisticsStore
 from moeprune.pipeline import facts
+from moeprune.pipeline.inputs import Compute, Text
+from moeprune.pipeline.reporting import UNROUTED, Witness
 from moeprune.report import intervals, wording
 from running import Done, Run
 
@@ -40,6 +42,12 @@ def test_prune_writes_a_report_and_names_it(
     page = tmp_path / "less" / "report.html"
     first = page.read_bytes()
     assert b"moeprune prune demo --method mone" in first and b"was not measured" in first
+
+    routed = json.loads((tmp_path / "less/moeprune_run.json").read_bytes())["atlas"]["routing"]
+    before, after = routed["rows"]["original"], routed["rows"]["less"]
+    assert b"Effective experts" in first and set(before) == set(after) and routed["tokens"] >= 64
+    assert all(1 <= part <= of == 32 for part, of in before.values())
+    assert all(1 <= part <= of == 16 for part, of in after.values())  # novices are not counted
 
     known = data_of(page)
     store = StatisticsStore.open(stats)  # of the same text
@@ -84,6 +92,20 @@ def test_prune_writes_a_report_and_names_it(
     assert "warning: no statistics" in done.err and "warning: no evaluation of less" in done.err
     known = data_of(page)
     assert known["rows"][0]["fates"][0].count("n") == 16 and known["served"][0] == []
+
+
+def test_what_a_witness_did_not_see_is_said(tmp_path: Path) -> None:
+    unasked = Witness("demo", Compute(), "moeprune prune")
+    assert unasked._routing(tmp_path) == (
+        {},
+        [f"{UNROUTED}the same command with --routing measures it"],
+    )
+    gone = Witness("demo", Compute(), "moeprune prune", Text(("no.jsonl",)))
+    (told,) = gone._routing(Path("demo"))[1]
+    assert told.startswith(UNROUTED) and "no.jsonl" in told
+    assert "evaluate 'a b' --teacher demo --json > 'a b/evaluation.json'" in (
+        unasked._what_to_run(Path("a b"))
+    )
 
 
 def test_the_report_of_pieces_says_what_is_missing(

@@ -64,7 +64,9 @@ def test_a_small_sample_is_called_small() -> None:
     """One loop more in six answers says nothing, and neither does none."""
     mine = [Answer(LOOPS, True)] + [Answer(FINE, True)] * 5
     found = said(mine, [Answer(FINE, True)] * 6)
-    assert found["measures"]["loop"]["verdict"].startswith("too small a sample: 6 prompts")
+    assert found["measures"]["loop"]["verdict"].startswith(
+        "too small a sample: only 1 of 6 prompts"
+    )
     (told,) = findings([found])
     assert "too small a sample" in told and "--prompts-per-domain" in told
 

@@ -18,8 +18,6 @@ from moeprune.evaluation.intervals import (
     combined,
     estimate,
     holm,
-    mcnemar,
-    proportion_difference,
     verdict,
 )
 
@@ -129,22 +127,6 @@ def test_p_value_agrees_with_the_interval() -> None:
         assert (found.p_value() <= 0.05) == found.interval().excludes_zero
 
 
-def test_mcnemar_by_counting() -> None:
-    """Two-sided exact: twice the tail of a fair coin."""
-    tail = sum(math.comb(10, k) for k in range(3)) / 2**10
-    assert mcnemar(2, 8) == mcnemar(8, 2) == pytest.approx(2 * tail)
-    assert mcnemar(0, 0) == mcnemar(3, 3) == 1.0
-
-
-def test_difference_of_shares() -> None:
-    same = proportion_difference(0, 0, 50)
-    assert same.value == 0.0 and same.low < 0.0 < same.high < 0.1
-    worse = proportion_difference(30, 5, 200)
-    assert worse.value == -0.125 and worse.high < 0.0
-    mirrored = proportion_difference(5, 30, 200)
-    assert (mirrored.low, mirrored.high) == pytest.approx((-worse.high, -worse.low))
-
-
 def test_holm_by_hand() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
@@ -183,9 +165,3 @@ def test_intervals_hold_the_truth(kind: str) -> None:
     rng, draw = np.random.default_rng(11), script.MEANS[kind]
     held = script.coverage(lambda: draw(rng, 12, 1.0), 500)
     assert 0.93 - 0.01 <= held <= 0.97 + 0.01
-
-
-def test_shares_hold_the_truth() -> None:
-    script = simulation()
-    rng, draw = np.random.default_rng(11), script.questions(0.1, 0.05)
-    assert 0.93 <= script.coverage(lambda: draw(rng, 300), 2000) <= 0.97

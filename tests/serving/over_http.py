@@ -16,6 +16,15 @@ from typing import Any
 SECONDS = 300
 TEXT = {"prompt": "The number of ways to", "max_tokens": 24, "temperature": 0}
 
+SHOWN = "http://localhost:8000"
+CLIENT = """\
+from openai import OpenAI
+client = OpenAI(base_url="{address}/v1", api_key="none")
+made = client.completions.create(
+    model="{name}", prompt="The number of ways to", max_tokens=24, temperature=0)
+print(repr(made.choices[0].text))
+"""
+
 
 @contextmanager
 def server(python: Path, checkpoint: Path, dtype: str) -> Iterator[str]:
@@ -95,6 +104,15 @@ def completions(address: str, body: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def client(python: Path, address: str, name: str) -> str:
+    """What the OpenAI client of vLLM's environment gets for the same question."""
+    code = CLIENT.format(address=address, name=name)
+    done = subprocess.run(
+        [python, "-c", code], check=True, capture_output=True, text=True, timeout=SECONDS
+    )
+    return done.stdout.strip()
+
+
 def ask(
     python: Path, checkpoint: Path, dtype: str, prompts: Sequence[Sequence[int]], tokens: int
 ) -> tuple[list[list[int]], str]:
@@ -111,6 +129,7 @@ def ask(
         choices = sorted(completions(address, body)["choices"], key=lambda one: one["index"])
         question = {"model": checkpoint.name, **TEXT}
         answer = completions(address, question)
+        spoken = client(python, address, checkpoint.name)
     kept = {key: answer[key] for key in ("object", "model", "choices", "usage") if key in answer}
     kept["choices"] = [
         {key: one[key] for key in ("index", "text", "finish_reason")} for one in kept["choices"]
@@ -120,6 +139,11 @@ def ask(
     transcript = (
         f"$ {command}\n$ curl -s localhost:8000/v1/completions "
         f"-H 'Content-Type: application/json' \\\n    -d '{json.dumps(question)}'\n"
-        f"{json.dumps(kept, indent=1, ensure_ascii=False)}"
+        f"{json.dumps(kept, indent=1, ensure_ascii=False)}\n$ python\n"
+        + "".join(
+            f">>> {line}\n"
+            for line in CLIENT.format(address=SHOWN, name=checkpoint.name).splitlines()
+        )
+        + spoken
     )
     return [choice["token_ids"] for choice in choices], transcript

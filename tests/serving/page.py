@@ -27,6 +27,8 @@ OWN = [
     "largest gap", "rounding", "expert parameters", "served",
 ]  # fmt: skip
 
+HELD = ["checkpoint", "experts in the files", "experts served", "process", "less than unpruned"]
+
 
 def middle(values: Sequence[float]) -> float:
     """The upper median."""
@@ -85,6 +87,7 @@ def page(
     http: Sequence[Sequence[str]],
     transcript: str,
     told: Mapping[str, str],
+    held: Sequence[Sequence[str]],
     directory: Path,
     seconds: float,
 ) -> str:
@@ -100,6 +103,7 @@ def page(
         own=table([OWN, *own_rows]),
         http=table([["checkpoint", "computed in", "whole continuations"], *http]),
         transcript=transcript,
+        held=table([HELD, *held]),
         told="".join(f"- {name}: {what}\n" for name, what in told.items()),
         vllm=VERSIONS.get("vllm"),
         vllm_transformers=VERSIONS.get("transformers"),

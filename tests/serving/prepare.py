@@ -15,12 +15,13 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, PreTrainedModel
 
 import moeprune
 
@@ -29,8 +30,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from special import SPECIAL, write_special
 
 from families import VOCABULARY, tiny_model, token_ids
-from moeprune.models.checkpoint import demo_path
+from moeprune.core.plan import LayerPlan
+from moeprune.models.checkpoint import Checkpoint, demo_path
 from moeprune.models.data import demo_text, read_documents
+from moeprune.models.editing import Writing
+from support import plan_for
 
 NEW_TOKENS = 24
 PROMPTS = 12
@@ -78,8 +82,14 @@ _FAMILIES["deepseek_v3"] = {
     "topk_method": "noaux_tc",  # vLLM asks for these keys of the vendor's; transformers does not
     "scoring_func": "sigmoid",
 }
-WITHOUT_SPECIAL = ("granitemoe",)
-"""Families that the plugin does not serve."""
+_FAMILIES |= {
+    "glm4_moe": {"moe_intermediate_size": 64},
+    "dots1": {"moe_intermediate_size": 64},
+    "ernie4_5_moe": {"moe_intermediate_size": 64},
+    "hunyuan_v1_moe": {"intermediate_size": 64},
+}
+BACKEND = ("granitemoe", "glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe")
+"""Families that the plugin serves through vLLM's transformers backend."""
 
 
 def save_family(model_type: str, directory: Path) -> Path:
@@ -245,14 +255,64 @@ def prepare(directory: Path) -> None:
         folder = directory / name
         folder.mkdir(parents=True)
         original = save_family(name, folder / "original")
-        plan = moeprune.plan(original, "moeits", moeprune.Budget(ratio=0.5))
-        moeprune.apply(original, plan, folder / "pruned")
-        write(folder, "pruned", original, random_prompts(), list(DTYPES))
-        for kind in SPECIAL if name not in WITHOUT_SPECIAL else ():
+        if name not in BACKEND[1:]:
+            plan = moeprune.plan(original, "moeits", moeprune.Budget(ratio=0.5))
+            moeprune.apply(original, plan, folder / "pruned")
+            write(folder, "pruned", original, random_prompts(), list(DTYPES))
+        for kind in SPECIAL if name not in BACKEND else ("novices", "uneven"):
             write_special(original, kind, folder / kind)
             write(folder, kind, original, random_prompts())
         print(f"{name}: written", flush=True)
+    prepare_padded(directory / "deepseek_v3")
     prepare_demo(directory / "demo")
+    prepare_large(directory / "large")
+
+
+def prepare_padded(folder: Path) -> None:
+    """The uneven plan of a family whose routers have a bias, filled up with experts of zeros."""
+    original, plan = folder / "original", folder / "uneven" / "moeprune_plan.json"
+    moeprune.apply(original, plan, folder / "padded", writing=Writing(pad=True))
+    write(folder, "padded", original, random_prompts())
+
+
+STOCK = {
+    "masked": ("magnitude", moeprune.Budget(pattern=(2, 4))),
+    "sparse": ("wanda", moeprune.Budget(ratio=0.5)),
+    "merged": ("m-smoe", moeprune.Budget(ratio=0.5)),
+    "narrow": ("flap", moeprune.Budget(ratio=0.5)),
+    "shallow": ("angular", moeprune.Budget(ratio=0.25)),
+}
+"""What else comes out as a stock checkpoint, of the embedded model."""
+
+
+def prepare_large(folder: Path) -> None:
+    """Two layers of OLMoE-1B-7B's size, and half of their experts: for measuring memory.
+
+    The weights are noise, and nothing is expected of what they generate.
+    """
+    config = OlmoeConfig(num_hidden_layers=2, vocab_size=1024)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.view(-1)[:] = 0.01
+    model.save_pretrained(folder / "original")
+    checkpoint = Checkpoint.open(folder / "original")
+    del model
+    E, H = config.num_experts, config.hidden_size
+    odd = tuple(range(1, E, 2))
+    even = LayerPlan(0, E, tuple(range(0, E, 2)), replaced=odd, novices_NH=torch.ones(E // 2, H))
+    plans = {
+        "novices": [even, replace(even, layer=1)],
+        "uneven": [LayerPlan(0, E, tuple(range(48))), LayerPlan(1, E, tuple(range(16)))],
+    }
+    for name, layers in plans.items():
+        moeprune.apply(folder / "original", plan_for(checkpoint, layers), folder / name)
+    for name in ("original", *plans):
+        facts = {"bfloat16": [{"prompt": [1, 2, 3], "tokens": [0], "top": [[[0, 0.0]]]}]}
+        facts["expert_parameters"] = [expert_parameters(folder / name)]
+        (folder / f"{name}.json").write_text(json.dumps(facts))
+    print("large: written", flush=True)
 
 
 def prepare_demo(folder: Path) -> None:
@@ -269,6 +329,9 @@ def prepare_demo(folder: Path) -> None:
     moeprune.prune("demo", "reap", half, folder / "uneven", text, options={"scope": "global"})
     for kind in ("novices", "uneven"):
         write(folder, kind, original, demo_prompts(MANY_PROMPTS), list(DTYPES))
+    for kind, (method, budget) in STOCK.items():
+        moeprune.prune(original, method, budget, folder / kind, text)
+        write(folder, kind, original, demo_prompts())
     print("demo: written", flush=True)
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ WITHOUT_PLUGIN = {"VLLM_PLUGINS": "none"}
 """vLLM loads the plugins that are named here, and no other."""
 
 KINDS = ("novices", "uneven", "maps", "answers")
+STOCK = ("pruned", "masked", "sparse", "merged", "narrow", "shallow", "padded")
+LARGE = ("original", "novices", "uneven")
+
+START, EACH = 600, 120
+"""Seconds after which a process with vLLM is stopped: for its start, and for each checkpoint."""
 
 
 def facts_of(checkpoint: Path) -> dict[str, Any]:
@@ -63,20 +69,28 @@ def serve(
             }
         )
     folder = Path(jobs[0]["checkpoint"]).parent.parent
-    missing = [job for job in jobs if not Path(job["result"]).is_file()]
-    (folder / "jobs.json").write_text(json.dumps(missing))
+    while missing := [job for job in jobs if not Path(job["result"]).is_file()]:
+        (folder / "jobs.json").write_text(json.dumps(missing))
+        work(python, folder, {**os.environ, **environment}, START + EACH * len(missing))
+        left = [Path(job["result"]) for job in missing if not Path(job["result"]).is_file()]
+        if left:  # the process ended with this one: go on with those behind it
+            lost = {"error": f"vLLM ended or hung: see {folder / 'serve.log'}"}
+            left[0].write_text(json.dumps(lost))
+    return [json.loads(Path(job["result"]).read_text()) for job in jobs]
+
+
+def work(python: Path, folder: Path, environment: Mapping[str, str], seconds: float) -> None:
+    """Let ``serve.py`` do ``jobs.json``; it is stopped after ``seconds``."""
     script = Path(__file__).with_name("serve.py")
-    with (folder / "serve.log").open("a") as output:
+    with (folder / "serve.log").open("a") as output, suppress(subprocess.TimeoutExpired):
         subprocess.run(
             [python, script, folder / "jobs.json"],
             stdout=output,
             stderr=output,
             check=False,
-            env={**os.environ, **environment},
+            env=environment,
+            timeout=seconds,
         )
-    results = [Path(job["result"]) for job in jobs]
-    lost = {"error": f"no result: see {folder / 'serve.log'}"}
-    return [json.loads(one.read_text()) if one.is_file() else lost for one in results]
 
 
 def compare(checkpoint: Path, dtype: str, served: Mapping[str, Any]) -> Compared | str:
@@ -99,13 +113,14 @@ def shortened(error: str) -> str:
 
 def wanted_of(directory: Path) -> list[tuple[Path, str]]:
     """All checkpoints that are served with the plugin, and in what they compute."""
-    folders = [path for path in directory.iterdir() if path.is_dir()]
+    folders = [path for path in directory.iterdir() if path.is_dir() and path.name != "large"]
     return [
         (folder / name, dtype)
         for folder in sorted(folders, key=lambda path: (path.name == "demo", path.name))
-        for name in ("pruned", *KINDS)
+        for name in (*STOCK, *KINDS)
         if (folder / name).is_dir()
-        for dtype in (LEAST if "demo" in folder.name or name == "pruned" else ["float32"])
+        for dtype in LEAST
+        if dtype in facts_of(folder / name)
     ]
 
 
@@ -128,12 +143,33 @@ def tables(directory: Path, python: Path) -> tuple[list[list[str]], list[list[st
                 f"{where}: the served experts hold {served['expert_parameters']} numbers, the "
                 f"files {facts['expert_parameters'][1]}"
             )
-        if checkpoint.name == "pruned":
-            rows.append(page.stock_cells(checkpoint.parent.name, facts, dtype, found))
+        if checkpoint.name in STOCK:
+            rows.append(page.stock_cells(where, facts, dtype, found))
         else:
             own_rows.append(page.own_cells(where, facts, dtype, found, served))
         print(where, dtype, f"{found.same} of {found.decisions}", flush=True)
     return rows, own_rows, faults
+
+
+def memory(folder: Path, python: Path) -> tuple[list[list[str]], list[str]]:
+    """Rows of what a process holds after loading each of the large models, and what is wrong."""
+    rows, faults, before = [], [], 0
+    for name in LARGE:
+        (served,) = serve(python, [(folder / name, "bfloat16")])
+        if "error" in served:
+            faults.append(f"large/{name}: {shortened(served['error'])}")
+            continue
+        plan = 2 * facts_of(folder / name)["expert_parameters"][0] >> 20
+        holds = 2 * served["expert_parameters"] >> 20
+        before = before or served["mebibytes"]
+        saved = f"{before - served['mebibytes']:,} MiB" if name != "original" else "–"
+        rows.append(
+            [name, f"{plan:,} MiB", f"{holds:,} MiB", f"{served['mebibytes']:,} MiB", saved]
+        )
+        if holds != plan:
+            faults.append(f"large/{name}: {holds} MiB of experts are served, {plan} are stored")
+        print(f"large/{name}: {served['mebibytes']} MiB", flush=True)
+    return rows, faults
 
 
 def over_the_wire(demo: Path, python: Path) -> tuple[list[list[str]], str, list[str]]:
@@ -181,7 +217,11 @@ def main(directory: Path, python: Path, out: Path) -> int:
     faults += wrong
     http, transcript, wrong = over_the_wire(directory / "demo", python)
     faults += wrong
-    text = page.page(rows, own_rows, http, transcript, told, directory, time.perf_counter() - begin)
+    held, wrong = memory(directory / "large", python)
+    faults += wrong
+    text = page.page(
+        rows, own_rows, http, transcript, told, held, directory, time.perf_counter() - begin
+    )
     out.write_text(text, encoding="utf-8") if not faults else None
     for fault in faults:
         print(f"FAILED: {fault}", file=sys.stderr)

@@ -16,6 +16,7 @@ import json
 import os
 import resource
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def expert_parameters(model: Any) -> int:
 def peak_mebibytes() -> int:
     """The most memory that this process held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def anonymous_mebibytes() -> int:
+    """The memory of this process now that belongs to no file."""
+    (line,) = (t for t in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in t)
+    return int(line.split()[1]) >> 10
 
 
 def generate(job: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +87,12 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     ]
     (experts,) = model.apply_model(expert_parameters)
     versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
-    return {"continuations": found, "versions": versions, "expert_parameters": experts}
+    return {
+        "continuations": found,
+        "versions": versions,
+        "expert_parameters": experts,
+        "mebibytes": anonymous_mebibytes(),
+    }
 
 
 def main(jobs: Path) -> None:
@@ -90,6 +102,7 @@ def main(jobs: Path) -> None:
         try:
             result = generate(job)
         except Exception as error:  # run.py says what it means
+            traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}
         Path(job["result"]).write_text(json.dumps(result))
         print("done:", job["result"], f"{peak_mebibytes()} MiB", flush=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moeprune.cli.app import app
@@ -80,3 +81,28 @@ def test_command(tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == GOLDEN["moeprune"]
     done = run.invoke(app, [*asked, "--force", "--json"])
     assert json.loads(done.stdout) == {"path": str(out), "profile": "moeprune"}
+
+
+def test_a_reader_of_riy_masks_what_deleting_leaves_out() -> None:
+    """As its description says: [layer, expert] pairs get the logit -inf before the top-k."""
+    profile = json.loads(export(PLAN, "riy"))
+    assert profile["version"] == 1
+    logits_TE = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    for index, layer in PLAN.layers.items():
+        gone = [expert for layer_index, expert in profile["pruned_experts"] if layer_index == index]
+        masked_TE = logits_TE.index_fill(1, torch.tensor(gone), float("-inf"))
+        deleted_TK = logits_TE[:, list(layer.keep)].topk(2).indices
+        assert torch.equal(masked_TE.topk(2).indices, torch.tensor(layer.keep)[deleted_TK])
+        shared = [masked_TE.softmax(-1)[:, list(layer.keep)], logits_TE[:, layer.keep].softmax(-1)]
+        torch.testing.assert_close(*shared)
+
+
+def test_a_reader_of_ascend_keeps_the_first_of_each_list() -> None:
+    """One layer a line, a full ranking, of which the ratio says how many go."""
+    ratio = 0.4
+    for line, (index, layer) in zip(
+        export(PLAN, "ascend").decode().splitlines(), PLAN.layers.items(), strict=True
+    ):
+        ((name, ranking),) = json.loads(line).items()
+        assert int(name) == index and sorted(ranking) == list(range(layer.experts))
+        assert set(ranking[: round(layer.experts * (1 - ratio))]) == set(layer.keep)

@@ -137,7 +137,8 @@ def test_entry_point_and_what_it_registers(monkeypatch: pytest.MonkeyPatch) -> N
         plugin.register()
     names = plugin.architectures()
     assert names["NoviceOlmoeForCausalLM"].endswith(":PrunedOlmoeForCausalLM")
-    assert len(names) == 18
+    assert names["UnevenGlm4MoeForCausalLM"] == plugin.BACKEND
+    assert sum(where != plugin.BACKEND for where in names.values()) == 18
 
 
 def test_every_architecture_has_a_class() -> None:
@@ -145,7 +146,7 @@ def test_every_architecture_has_a_class() -> None:
     source = plugin.__file__.replace("plugin.py", "vllm_models.py")
     with open(source, encoding="utf-8") as file:
         text = file.read()
-    for where in plugin.architectures().values():
+    for where in set(plugin.architectures().values()) - {plugin.BACKEND}:
         name = where.rpartition(":")[2]
         assert f'\n{name} = _pruned("{name.removeprefix("Pruned")}")' in text
 

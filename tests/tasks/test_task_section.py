@@ -21,8 +21,8 @@ from moeprune.evaluation.harness.catalogue import Catalogue
 from moeprune.evaluation.harness.local import Folder
 from moeprune.evaluation.harness.protocols import PROTOCOLS, Protocol
 from moeprune.evaluation.harness.scores import mean_score, score
-from moeprune.evaluation.intervals import mcnemar
 from moeprune.evaluation.schema import check
+from moeprune.evaluation.shares import Pairs
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.pipeline.inputs import silent
 from moeprune.pipeline.prompts import Generate, read_prompts
@@ -205,7 +205,7 @@ def test_pairing_question_by_question() -> None:
     found = score(student, teacher)
     assert (found["value"], found["teacher"]) == (0.5, 0.6)
     assert found["difference"]["value"] == pytest.approx(-0.1)
-    assert found["p"] == mcnemar(20, 10)
+    assert found["p"] == Pairs(20, 10, 100).p_value()
     assert score([0.0] * 30 + student, [1.0] * 30 + teacher)["verdict"].startswith(
         "worse by 30.8 points ("
     )

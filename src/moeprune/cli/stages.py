@@ -257,6 +257,14 @@ def prune(
     mtp: Mtp = "keep-pruned",
     dequantize: Dequantize = False,
     trust_remote_code: Trust = False,
+    routing: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--routing/--no-routing",
+            help="Measure for the report how evenly experts are used before and after, by a short "
+            "walk of both models; default: if the text is read for the method.",
+        ),
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -284,6 +292,7 @@ def prune(
             stages.Writing(pad, mtp, dequantize),
             parse_constraints(pin, forbid, protect_super),
             output.command_line(),
+            routing,
         )
     if statistics is None and done.plan.statistics:
         output.tell_default_text(model, data)

@@ -15,8 +15,10 @@ from scipy import stats
 from moeprune.evaluation import intervals
 from moeprune.evaluation.answers import Answer, Decoding, Prompt
 from moeprune.evaluation.degeneration import distinct, find_loop, first_difference, repetition
+from moeprune.evaluation.shares import Pairs
 
 EXAMPLES = 3
+_FORM = ".3g"
 _ADVICE = "give more with --prompts-per-domain or --prompts"
 
 
@@ -99,22 +101,15 @@ def _measure(
     other = [float(measure.of(answer)) for answer in teachers]
     found["teacher"] = _own(measure, other)
     if measure.binary:
-        less = sum(a < b for a, b in zip(own, other, strict=True))
-        more = sum(a > b for a, b in zip(own, other, strict=True))
-        interval = intervals.proportion_difference(less, more, len(own))
-        smallest = intervals.smallest_proportion_difference(less, more, len(own))
-        p_value = intervals.mcnemar(less, more)
+        pairs = Pairs.of(other, own)
+        interval, p_value = pairs.interval(), pairs.p_value()
+        said = pairs.verdict(measure.wanted, measure.worse, _FORM, things="prompts", advice=_ADVICE)
     else:
         differences = [a - b for a, b in zip(own, other, strict=True)]
         estimated = intervals.estimate(differences, unit="prompts")
-        interval, smallest = estimated.interval(), estimated.smallest()
-        p_value = estimated.p_value()
-    return {
-        **found,
-        "against": interval.to_json(),
-        "p_value": p_value,
-        "verdict": _verdict(measure, interval, smallest),
-    }
+        interval, p_value = estimated.interval(), estimated.p_value()
+        said = _verdict(measure, interval, estimated.smallest())
+    return {**found, "against": interval.to_json(), "p_value": p_value, "verdict": said}
 
 
 def _own(measure: Measure, values: Sequence[float]) -> dict[str, Any]:
@@ -133,7 +128,7 @@ def _verdict(measure: Measure, interval: intervals.Interval, smallest: float) ->
     factor, unit = (100.0, "points") if points else (1.0, measure.unit.strip())
     said = intervals.verdict(
         interval.times(factor), smallest * factor, measure.wanted * factor, unit,
-        worse=measure.worse or 1, form=".3g", things="prompts", advice=_ADVICE,
+        worse=measure.worse or 1, form=_FORM, things="prompts", advice=_ADVICE,
     )  # fmt: skip
     if measure.worse == 0:  # a longer answer is neither better nor worse
         said = said.replace("worse by", "longer by").replace("better by", "shorter by")
@@ -245,7 +240,7 @@ def _nothing(cells: Sequence[tuple[Mapping[str, Any], Measure, Mapping[str, Any]
     if small:
         decoding, measure, cell = small[0]
         return f"{decoding['name']}: {measure.words}: {cell['verdict']}"
-    return "no difference from the teacher in loops, repetition, distinct n-grams, length or ends"
+    return "no difference shown in loops, repetition, distinct n-grams, length or ends"
 
 
 def _number(measure: Measure, value: float) -> str:

@@ -230,47 +230,6 @@ def _unit(units: Sequence[str]) -> str:
     return " and ".join(distinct)
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value that two models are right equally often on the same questions.
-
-    Args:
-        only_first, only_second: questions that one of them alone got right.
-    """
-    if only_first < 0 or only_second < 0:
-        raise ValueError("counts are not negative")
-    if only_first + only_second == 0:
-        return 1.0
-    return float(stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
-
-
-def proportion_difference(
-    only_first: int, only_second: int, items: int, level: float = LEVEL
-) -> Interval:
-    """Interval for (share right of the second) - (share right of the first), paired by question.
-
-    Adjusted Wald of Bonett and Price: one question is added to each kind of disagreement, which
-    keeps the level at small counts and gives an interval of some width where none disagree.
-    """
-    if items < 1 or only_first + only_second > items:
-        raise ValueError("more disagreements than questions")
-    first, second = (only_first + 1) / (items + 2), (only_second + 1) / (items + 2)
-    middle = second - first
-    error = math.sqrt((first + second - middle**2) / (items + 2))
-    half = float(stats.norm.ppf(1.0 - (1.0 - level) / 2.0)) * error
-    value = (only_second - only_first) / items
-    low, high = max(-1.0, middle - half), min(1.0, middle + half)
-    return Interval(value, low, high, level, items, "adjusted Wald, paired by question")
-
-
-def smallest_proportion_difference(
-    only_first: int, only_second: int, items: int, level: float = LEVEL, power: float = POWER
-) -> float:
-    """The smallest difference of two shares that so many questions show; see ``smallest``."""
-    first, second = (only_first + 1) / (items + 2), (only_second + 1) / (items + 2)
-    z = float(stats.norm.ppf(1.0 - (1.0 - level) / 2.0) + stats.norm.ppf(power))
-    return min(1.0, z * math.sqrt((first + second) / (items + 2)))
-
-
 def holm(p_values: ArrayLike) -> Floats:
     """p-values adjusted for looking at several things (Holm 1979), in the order given."""
     p_D = np.asarray(p_values, dtype=np.float64)

@@ -171,18 +171,22 @@ def _stored(model: LayeredModel) -> dict[int, tuple[int, int]]:
     found: dict[int, tuple[int, int]] = {}
     weights, tensors = model.quantisation.weights, model.checkpoint.tensors
     for index in (RESIDENT, *range(len(model.layers))):
-        made = source = 0
-        for key, _, pattern in model.stored(index):
+        made = source = one = 0
+        in_place = {f.name for f in model.in_place([key for key, _, _ in model.stored(index)])}
+        for key, name, pattern in model.stored(index):
             part = weights.get(key)
             shape = tensors[key].shape if part is None else part.shape
             size = math.prod(shape) * model.dtype.itemsize
             disk = sum(tensors[k].nbytes for k in ({key} if part is None else {part.stored}))
             made += size
-            if part is not None or disk != size:
+            if name in in_place:  # one matrix at a time, decoded by way of two in float32
+                decoded = math.prod(shape) * 10
+                one = max(one, disk + decoded if part is not None else disk)
+            elif part is not None or disk != size:
                 source += disk + (size if pattern is not None else 0)
             elif pattern is not None:
                 source += disk
-        found[index] = (made, source)
+        found[index] = (made, source + one)
     return found
 
 

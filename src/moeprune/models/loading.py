@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -31,6 +31,7 @@ from moeprune.errors import CheckpointError, MoepruneError, UnsupportedModelErro
 from moeprune.models import uneven_runtime
 from moeprune.models.bounds import RESIDENT, Limits
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.fused import Fused, fill, find_fused, kept_wider, readable
 from moeprune.models.generated import own_class
 from moeprune.models.native import (
     first_line,
@@ -256,6 +257,35 @@ class LayeredModel:
                         meta = torch.empty_like(p, device="meta")
                         module._parameters[name] = nn.Parameter(meta, requires_grad=False)
 
+    def in_place(self, keys: Sequence[str]) -> list[Fused]:
+        """Parameters that these weights fill one by one, without a copy of all of them."""
+        state, infos = self.model.state_dict(), self.checkpoint.tensors
+        weights = self.quantisation.weights
+        shapes = {key: weights[key].shape if key in weights else infos[key].shape for key in keys}
+        names = {key: self._names[key] for key in keys}
+        wider = self.model._get_dtype_plan(self.dtype)
+        return [
+            found
+            for found in find_fused(names, self.converter, shapes, state)
+            if self._stays(found.name, state)
+            and not kept_wider(found.name, wider)
+            and readable(found, self.checkpoint, self.quantisation)
+        ]
+
+    def _in_place(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """The values of those parameters, under their names in the model."""
+        chosen = self.in_place(keys)
+        dtypes = {f.name: self.model.get_parameter(f.name).dtype for f in chosen}
+        return fill(chosen, self.checkpoint, self.quantisation, dtypes, self.device)
+
+    def _stays(self, name: str, state: Any) -> bool:
+        """Whether transformers takes a parameter under its own name as it is."""
+        renamings = [w for w in self._mapping if isinstance(w, WeightRenaming)]
+        converters = [w for w in self._mapping if isinstance(w, WeightConverter)]
+        base = self.model.base_model_prefix
+        renamed, pattern = rename_source_key(name, renamings, converters, base, state)
+        return bool(renamed == name and pattern is None)
+
     def load_shapes(self) -> Any:
         """Run transformers' own conversion on shapes alone; nothing is read.
 
@@ -297,7 +327,10 @@ class LayeredModel:
         )
         try:
             # opened per layer, so that mapped pages of earlier layers do not stay resident
-            state = lazy_state(self.checkpoint, self.quantisation, keys, self.dtype, rows)
+            whole = self._in_place(keys if rows is None else [k for k in keys if k not in rows])
+            keys = [key for key in keys if self._names[key][0] not in whole]
+            state = lazy_state(self.checkpoint, self.quantisation, keys, self.dtype, rows) | whole
+            whole.clear()
             with quiet_transformers():
                 info, _ = convert_and_load_state_dict_in_model(self.model, state, config, None)
         except SafetensorError as error:

@@ -38,6 +38,8 @@ from moeprune.models.walk_state import Start
 # each, 1024 by default. The number of rows per expert differs with every batch, so most are used
 # once; fewer of them keep memory a matter of one layer. Read by torch at its first such product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+# Above it torch keeps another cache of them in every thread that multiplies, 1024 by default.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
 _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
@@ -287,9 +289,7 @@ class Walk:
             self.way.chunk,
             self._hidden,
             collector if needs else None,
-            (lambda: LayerStatistics.empty(site.shape, needs, self.model.device))
-            if needs
-            else None,
+            empty if needs else None,
             lambda job: self._step(),
             loading,
             self.offset,
@@ -351,7 +351,7 @@ class Walk:
             job.collector = None
             step()
 
-        if not window and self._hidden is not None:
+        if not window and self.model.limits.memory is not None:
             window = self._lockstep.workers + 1  # sums of batches that wait to be added are memory
         with self._time.spend(COMPUTING), observed(site, empty().needs_router):
             self._lockstep.run(collect, merge, window, self._observed_jobs())

@@ -26,7 +26,7 @@ from moeprune.pipeline.inputs import Progress, silent
 _MOST = 12  # tokens named per expert
 _NAMED = 60_000  # tokens named in all: the page holds them
 _LEAST = 3  # slots: what was seen once or twice is typical of nothing
-_SHORT = 3072  # tokens by which the routing of results is measured
+SHORT = 3072  # tokens by which the routing of results is measured
 
 
 def atlas(store: StatisticsStore, tokenizer: Any = None) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def routing(
 def _few(domains: Sequence[data.Domain]) -> list[data.Domain]:
     """The first sequences of each domain, at least one of each."""
     length = domains[0].ids_NL.shape[1]
-    each = max(1, math.ceil(_SHORT / length / len(domains)))
+    each = max(1, math.ceil(SHORT / length / len(domains)))
     return [replace(domain, ids_NL=domain.ids_NL[:each]) for domain in domains]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ Note = Callable[[str], None]
 
 _POOL = 4
 """A dataset may have no end: sequences are drawn from the first so many times those wanted."""
+_LONG = 256  # tokens of a sequence, where a sample is small
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -177,6 +179,20 @@ def read_calibration(checkpoint: Checkpoint, text: Text) -> list[data.Domain]:
         raise DataError(f"--sequences must be at least 1 (got {text.sequences})")
     domains = _read(checkpoint, text, "calibration")
     return data.draw(domains, text.sequences, text.seed, dict(text.mix))
+
+
+def read_beginnings(checkpoint: Checkpoint, text: Text, tokens: int) -> list[data.Domain]:
+    """About ``tokens`` tokens: short sequences from the beginning of every calibration text.
+
+    A file is read no further than that, where ``read_calibration`` draws from all of it.
+
+    Raises:
+        DataError: nothing to read, or less than one sequence.
+    """
+    length = min(_LONG, text.length)
+    sources = len(data.find_sources(text.sources, "calibration"))
+    each = max(1, math.ceil(tokens / length / max(1, sources)))
+    return _read(checkpoint, replace(text, length=length), "calibration", each)
 
 
 def _read(

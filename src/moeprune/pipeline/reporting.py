@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,18 +20,24 @@ from moeprune.pipeline.arena.pages import compare_page
 from moeprune.pipeline.arena.state import FORMAT as COMPARE
 from moeprune.pipeline.arena.state import PAGE as COMPARE_PAGE
 from moeprune.pipeline.arena.state import RESULT as COMPARE_RESULT
-from moeprune.pipeline.atlas import atlas
+from moeprune.pipeline.atlas import SHORT, atlas, routing
 from moeprune.pipeline.gathering import evaluations, gather
-from moeprune.pipeline.inputs import Compute, Source
+from moeprune.pipeline.inputs import (
+    Compute,
+    Progress,
+    Source,
+    Text,
+    read_beginnings,
+    silent,
+)
 from moeprune.pipeline.steps import StepDone
 from moeprune.report.html import render_report
 from moeprune.report.reading import FORMAT
 
 PAGE, RUN = REPORT_FILES
 _RESULTS = (RUN, "demo.json")
-UNMEASURED = (
-    "what was lost was not measured: moeprune evaluate CHECKPOINT --teacher MODEL --data HELD-OUT"
-)
+UNMEASURED = "what was lost was not measured: "
+UNROUTED = "routing after the cut was not measured: "
 _MAX = 1 << 28
 _FINISHED = ("done", "refused", "failed", "same")
 
@@ -117,7 +124,7 @@ def _completed(result: dict[str, Any], folder: Path) -> dict[str, Any]:
         else row | facts.measured_original(base, used)
         for row in rows
     ]
-    told = [text for text in result.get("warnings") or [] if text != UNMEASURED]
+    told = [text for text in result.get("warnings") or [] if not text.startswith(UNMEASURED)]
     return {**result, "rows": filled, "warnings": told}
 
 
@@ -146,11 +153,15 @@ class Witness:
         source: the original.
         compute: as in the stages.
         command: what was run.
+        text: that routing is measured on, before and after; None measures nothing.
+        progress: as in the stages.
     """
 
     source: Source
     compute: Compute
     command: str
+    text: Text | None = None
+    progress: Progress = silent
     _began: float = field(default_factory=time.perf_counter)
     _observed: dict[str, Any] = field(default_factory=dict)
 
@@ -188,21 +199,54 @@ class Witness:
             "nonzero_parameters": first.sizes.nonzero[0], "bytes": base["bytes"],
             "perplexity": {}, "seconds": {},
         }  # fmt: skip
+        routed, unrouted = self._routing(out)
         result = {
             "format": FORMAT,
             "command": self.command,
             "model": base,
             **self._observed,
+            "atlas": {**self._observed.get("atlas", {}), **routed} or None,
             "rows": [
                 original | facts.measured_original(base["name"], [measured] if measured else []),
                 _row(out, steps, names) | facts.measured(measured),
             ],
-            "warnings": [] if measured else [UNMEASURED],
+            "warnings": [*([] if measured else [self._what_to_run(out)]), *unrouted],
             "versions": dict(last.plan.versions),
             "seconds": round(time.perf_counter() - self._began, 2),
         }
         page = render_report(result).encode()
         write_together({out / RUN: json_bytes(result), out / PAGE: page}, True)
+
+    def _what_to_run(self, out: Path) -> str:
+        found = shlex.quote(str(out / "evaluation.json"))
+        result, original = shlex.quote(str(out)), shlex.quote(str(self.source))
+        return (
+            f"{UNMEASURED}moeprune evaluate {result} --teacher {original} --json > {found}, "
+            f"then moeprune report {result} --force"
+        )
+
+    def _routing(self, out: Path) -> tuple[dict[str, Any], list[str]]:
+        """Routing of both models on a few thousand tokens, or what to say in place of it.
+
+        The checkpoint is written by now, so nothing that goes wrong here stops the command.
+        """
+        if self.text is None:
+            return {}, [f"{UNROUTED}the same command with --routing measures it"]
+        trust = self.compute.trust_remote_code
+        try:
+            original = Checkpoint.open(self.source, trust)
+            models = {
+                "original": self.compute.open(original),
+                out.resolve().name: self.compute.open(Checkpoint.open(out, trust)),
+            }
+            domains = read_beginnings(original, self.text, SHORT)
+            found = routing(models, domains, self.compute.workers, self.progress)
+        except MoepruneError as error:
+            return {}, [f"{UNROUTED}{error.problem}"]
+        unseen = [name for name in models if name not in found["rows"]]
+        if unseen:
+            return {}, [f"{UNROUTED}that of {' and '.join(unseen)} cannot be observed"]
+        return {"routing": found}, []
 
 
 def _row(out: Path, steps: Sequence[StepDone], names: Sequence[str]) -> dict[str, Any]:

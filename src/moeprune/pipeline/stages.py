@@ -117,22 +117,28 @@ def prune(  # noqa: PLR0913  (what calibrate, plan and apply take, together)
     writing: Writing = Writing(),
     constraints: Constraints = Constraints(),
     command: str = "",
+    routing: bool | None = None,
 ) -> Pruned:
     """calibrate + plan + apply, a recipe of one step. The plan is kept in the checkpoint as well.
 
     ``dequantize`` is as for ``apply``. With ``command``, what was run, the checkpoint also gets
-    ``report.html`` and ``moeprune_run.json``, its data.
+    ``report.html`` and ``moeprune_run.json``, its data; ``routing`` says whether a short walk of
+    both models tells for it how evenly experts are used before and after, by default if the text is
+    read for the method.
 
     Raises:
         MoepruneError: anything the user can mend; nothing is left behind.
     """
-    witness = Witness(source, compute, command) if command else None
     chosen = method if isinstance(method, Method) else make_method(method, options)
+    text = replace(text, seed=seed)
+    routed = bool(chosen.needs) and statistics is None if routing is None else routing
+    shown = text if routed else None
+    witness = Witness(source, compute, command, shown, progress) if command else None
     steps = Steps(
         source,
         [Step(chosen, budget, uniform, seed=seed, constraints=constraints)],
         Path(out),
-        replace(text, seed=seed),
+        text,
         None if statistics is None else Path(statistics),
         compute,
         writing,

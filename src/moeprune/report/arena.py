@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from moeprune.report import atlas, marks, pareto, wording
+from moeprune.report import atlas, marks, pareto, room, wording
 from moeprune.report.page import environment, scripts
 
 COLUMNS = (
@@ -178,7 +178,6 @@ def render(result: Mapping[str, Any], plans: Sequence[Row] = ()) -> tuple[str, s
     ``plans`` are rows of the atlas: name, method and what the plan does, as in a run's result.
     """
     templates = environment()
-    drawn = atlas.payload({**result, "rows": plans})
     rows = measured(result)
     names = [title(row, result["texts"]) for row in rows]
     chart = pareto.chart(rows, names, result.get("original"))
@@ -193,33 +192,38 @@ def render(result: Mapping[str, Any], plans: Sequence[Row] = ()) -> tuple[str, s
             dark=marks.DARK,
         )
     best = {names[i] for i in pareto.front(rows)}
-    page = templates.get_template("compare.html.j2").render(
-        model=result["model"],
-        command=result["command"],
-        columns=COLUMNS,
-        lines=[
-            (cells_of(row, result["texts"]), row["kind"], name in best)
-            for row, name in zip(rows, names, strict=True)
-        ],
-        original=original_cells(result["original"]),
-        picture=Markup(picture.partition("?>")[2] or picture),  # made above
-        refusals=refusals(result),
-        matrices=list(matrices(result)),
-        warnings=[(title(row), text) for row in rows for text in row.get("warnings", ())],
-        facts=_facts(result),
-        versions=result["versions"],
-        light=marks.variables(),
-        dark=marks.variables(dark=True),
-        steps=marks.STEPS,
-        sides=marks.SIDES,
-        grid=None if drawn is None else atlas.grid(drawn),
-        data=None if drawn is None else atlas.script(drawn),
-        atlas=drawn,
-        choices=[] if drawn is None else atlas.choices(drawn),
-        colours=pareto.COLOURS,
-        **scripts("theme.js", "atlas.js"),
-    )
-    return page, picture
+
+    def draw(drawable: Sequence[Row], shown: Mapping[str, Any], left_out: Sequence[str]) -> str:
+        drawn = atlas.payload({**result, "rows": drawable, "atlas": shown})
+        return templates.get_template("compare.html.j2").render(
+            model=result["model"],
+            command=result["command"],
+            columns=COLUMNS,
+            lines=[
+                (cells_of(row, result["texts"]), row["kind"], name in best)
+                for row, name in zip(rows, names, strict=True)
+            ],
+            original=original_cells(result["original"]),
+            picture=Markup(picture.partition("?>")[2] or picture),  # made above
+            refusals=refusals(result),
+            matrices=list(matrices(result)),
+            warnings=[(title(row), text) for row in rows for text in row.get("warnings", ())],
+            facts=_facts(result),
+            versions=result["versions"],
+            light=marks.variables(),
+            dark=marks.variables(dark=True),
+            steps=marks.STEPS,
+            sides=marks.SIDES,
+            grid=None if drawn is None else atlas.grid(drawn),
+            data=None if drawn is None else atlas.script(drawn),
+            atlas=drawn,
+            left_out=left_out,
+            choices=[] if drawn is None else atlas.choices(drawn),
+            colours=pareto.COLOURS,
+            **scripts("theme.js", "atlas.js"),
+        )
+
+    return room.fitted(plans, result.get("atlas"), draw), picture
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -16,16 +16,11 @@ from markupsafe import Markup
 from moeprune.report import marks, wording
 
 _FATES = {"keep": "k", "replaced": "n", "dropped": "d"}
-_ROOM = 2_500_000  # characters for scores: the page stays below 6 MB
 _DIGITS = 4
 
 
 def payload(result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the script needs to know; None where no layer is known expert by expert.
-
-    Scores of the last results are left out where all of them would make the page too large; how
-    many are said in ``left_out``.
-    """
+    """What the script needs to know; None where no layer is known expert by expert."""
     atlas, usage = result.get("atlas") or {}, result.get("usage") or {}
     rows = [row for row in result["rows"] if row.get("plan")]
     served = atlas.get("layers") or {}
@@ -34,17 +29,6 @@ def payload(result: Mapping[str, Any]) -> dict[str, Any] | None:
     if not indices:
         return None
     experts = int(result["model"]["experts"])
-    drawn, left_out = [], []
-    room = _ROOM
-    for row in rows:
-        entry = _row(row, indices, experts)
-        size = len(json.dumps(entry["scores"]))
-        if size > room:
-            left_out.append(row["name"])
-            entry["scores"] = {}
-        else:
-            room -= size
-        drawn.append(entry)
     return {
         "experts": experts,
         "top_k": result["model"]["top_k"],
@@ -56,8 +40,7 @@ def payload(result: Mapping[str, Any]) -> dict[str, Any] | None:
         "served": [_part(served, i, "domains") for i in indices],
         "tokens": [visible(str(text)) for text in atlas.get("tokens") or ()],
         "typical": [_part(served, i, "tokens") for i in indices],
-        "rows": drawn,
-        "left_out": left_out,
+        "rows": [_row(row, indices, experts) for row in rows],
     }
 
 

@@ -7,7 +7,7 @@ users, hence autoescaping is on for everything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from moeprune.report import (
     marks,
     measurements,
     removals,
+    room,
     sections,
     summary,
     wording,
@@ -57,6 +58,15 @@ def render_report(result: Mapping[str, Any]) -> str:
         MoepruneError: a required key is missing or of the wrong kind; the message names it.
     """
     check(result)
+
+    def draw(rows: Sequence[Any], shown: Mapping[str, Any], left_out: Sequence[str]) -> str:
+        return _page({**result, "rows": rows, "atlas": shown}, left_out)
+
+    return room.fitted(result["rows"], result.get("atlas"), draw)
+
+
+def _page(result: Mapping[str, Any], left_out: Sequence[str]) -> str:
+    """Of all that the result holds; ``left_out`` says what it does not hold any more."""
     samples, undrawn = measurements.samples(result)
     drawn = atlas.payload(result)
     return (
@@ -74,6 +84,7 @@ def render_report(result: Mapping[str, Any]) -> str:
             grid=None if drawn is None else atlas.grid(drawn),
             data=None if drawn is None else atlas.script(drawn),
             atlas=drawn,
+            left_out=left_out,
             choices=[] if drawn is None else atlas.choices(drawn),
             verdicts=intervals.verdicts(result),
             balance=balance.balance(result),
@@ -122,6 +133,8 @@ def _results(result: Mapping[str, Any]) -> tuple[Result, ...]:
 
 def _instead(row: Mapping[str, Any]) -> str:
     """What stands in place of a list of removed experts, where the plan removes none."""
+    if row.get(room.LEFT_OUT):
+        return f"{wording.NOTHING} Left out: this page would be too large. The plan holds it."
     if not row.get("plan"):
         return f"{wording.NOTHING} This result carries no plan."
     filled = measurements.share(row["nonzero_parameters"], row["parameters"])

@@ -37,10 +37,13 @@ def opening(result: Mapping[str, Any]) -> str:
     if not pruned:
         return f"This run measured {model['name']} ({facts}) as it is{measured}."
     methods = wording.listed(list(dict.fromkeys(row["method"] for row in pruned)))
+    them = "it" if len(pruned) == 1 else "them"
+    compared = f"and compared {them} with the original{measured}"
+    if not domains:
+        compared = "and did not measure what was lost"
     return (
         f"This run made {wording.plural(len(pruned), 'pruned version')} of {model['name']} "
-        f"({facts}) with {methods}, {_basis(result)}, "
-        f"and compared {'it' if len(pruned) == 1 else 'them'} with the original{measured}."
+        f"({facts}) with {methods}, {_basis(result)}, {compared}."
     )
 
 

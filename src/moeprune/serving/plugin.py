@@ -24,11 +24,19 @@ KINDS = ("Novice", "Answering", "Uneven")
 """What the names of our architectures begin with; see ``moeprune.models.generated``."""
 
 MODELS = "moeprune.serving.vllm_models"
+BACKEND = "moeprune.serving.vllm_backend:PrunedTransformersForCausalLM"
+"""The class for all others, on vLLM's transformers backend."""
 
 
 def architectures() -> dict[str, str]:
     """Names in ``architectures`` of config.json, and the class that serves each of them."""
-    return {f"{kind}{native}": f"{MODELS}:Pruned{native}" for native in NATIVE for kind in KINDS}
+    from transformers.models.auto.modeling_auto import (  # noqa: PLC0415
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    others = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
+    classes = dict.fromkeys(others, BACKEND) | {one: f"{MODELS}:Pruned{one}" for one in NATIVE}
+    return {f"{kind}{native}": where for native, where in classes.items() for kind in KINDS}
 
 
 def register() -> None:

@@ -8,7 +8,9 @@ never allocated), and the vectors are added to the experts' output.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +24,11 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.models.utils import extract_layer_index
 
 from moeprune.errors import CheckpointError, UnsupportedModelError
+from moeprune.models.uneven_runtime import experts_of
 from moeprune.serving.slots import Slots, added_output, index_tensors
+
+_QUANTISED = re.compile(r"_(scale|packed|zero_point|blocks|g_idx)")
+"""In names of tensors that quantised weights have beside them, or are stored in."""
 
 
 class SlottedExperts(RoutedExperts):  # type: ignore[misc]
@@ -73,6 +79,11 @@ class SlottedExperts(RoutedExperts):  # type: ignore[misc]
         """
         row = self.slots.row(name)
         if row is None:
+            if _QUANTISED.search(name):
+                raise UnsupportedModelError(
+                    f"{self.layer_name}: some experts of this checkpoint are not stored, which "
+                    f"does not go together with quantised experts ({name})"
+                )
             return self.slots.stored_name(name)
         assert self.added_value is not None
         self.added_value.data[row].copy_(tensor)
@@ -113,13 +124,28 @@ class SlottedExperts(RoutedExperts):  # type: ignore[misc]
         raise AssertionError("the kernel routes by itself")
 
 
-def experts_factory(config: Any) -> Callable[..., Any]:
-    """What takes the place of vLLM's ``FusedMoEFactory`` while a model is built."""
+@cache
+def slotted(experts: type[RoutedExperts]) -> type[SlottedExperts]:
+    """``SlottedExperts`` for a kind of vLLM's experts that names them in another way."""
+    if experts is RoutedExperts:
+        return SlottedExperts
+    return type(f"Slotted{experts.__name__}", (SlottedExperts, experts), {"__module__": __name__})
+
+
+def experts_factory(config: Any, count: str | None = None) -> Callable[..., Any]:
+    """What takes the place of vLLM's ``FusedMoEFactory`` while a model is built.
+
+    ``count`` is config.json's name of the number of experts, for a caller who does not look up that
+    of each layer.
+    """
     asked = inspect.signature(create_fused_moe_router).parameters
 
     def build(**options: Any) -> Any:
+        layer = extract_layer_index(options["prefix"])
+        if count is not None:
+            options["num_experts"] = experts_of(config, layer, count)
         experts = options["num_experts"]
-        slots = Slots.of(config, extract_layer_index(options["prefix"]), experts)
+        slots = Slots.of(config, layer, experts)
         if slots is None:
             return FusedMoEFactory(**options)
         if options.get("fuse_shared_experts"):
@@ -129,10 +155,13 @@ def experts_factory(config: Any) -> Callable[..., Any]:
             given["routed_scaling_factor"] = 1.0  # vLLM's runner applies it
         router = create_fused_moe_router(**given, global_num_experts=experts)
         return FusedMoEFactory(
-            **{**options, "num_experts": len(slots.kept)},
-            router=router,
-            routed_experts_cls=SlottedExperts,
-            routed_experts_args={"slots": slots},
+            **{
+                **options,
+                "num_experts": len(slots.kept),
+                "router": router,
+                "routed_experts_cls": slotted(options.get("routed_experts_cls") or RoutedExperts),
+                "routed_experts_args": {"slots": slots},
+            }
         )
 
     return build

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from types import ModuleType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -44,31 +45,44 @@ class Pruned:
         tie(self, config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint; raises ``CheckpointError`` if a vector is missing.
+        """Load a checkpoint; raises ``CheckpointError`` if a vector is missing."""
+        return load_vectors(self, super().load_weights, weights)  # type: ignore[misc]
 
-        The experts' tensors are renamed before vLLM sees them: its classes differ in how they load
-        them, but each of them knows experts by their slots.
-        """
-        experts = {
-            name.removesuffix("routed_experts"): module
-            for name, module in self.named_modules()  # type: ignore[attr-defined]
-            if isinstance(module, SlottedExperts)
-        }
-        loaded: set[str] = super().load_weights(renamed(weights, experts))  # type: ignore[misc]
-        for prefix, module in experts.items():
-            module.complete()
-            if module.added_value is not None:
-                loaded.add(f"{prefix}routed_experts.added_value")
-        return loaded
+
+def load_vectors(
+    model: Any,
+    load: Callable[[Iterable[tuple[str, Tensor]]], set[str]],
+    weights: Iterable[tuple[str, Tensor]],
+    module_name: Callable[[str], str | None] = str,
+) -> set[str]:
+    """Load a checkpoint with ``load``, which is vLLM's own.
+
+    Raises ``CheckpointError`` if a vector is missing. The experts' tensors are renamed before vLLM
+    sees them: its classes differ in how they load them, but each of them knows experts by their
+    slots. ``module_name`` makes a name inside the model of one in the files.
+    """
+    experts = {
+        name.removesuffix("routed_experts"): module
+        for name, module in model.named_modules()
+        if isinstance(module, SlottedExperts)
+    }
+    loaded = load(renamed(weights, experts, module_name))
+    for prefix, module in experts.items():
+        module.complete()
+        if module.added_value is not None:
+            loaded.add(f"{prefix}routed_experts.added_value")
+    return loaded
 
 
 def renamed(
-    weights: Iterable[tuple[str, Tensor]], experts: Mapping[str, Any]
+    weights: Iterable[tuple[str, Tensor]],
+    experts: Mapping[str, Any],
+    module_name: Callable[[str], str | None],
 ) -> Iterator[tuple[str, Tensor]]:
     """Take out the vectors of ``experts`` (by prefix), and name their stored experts by slots."""
     for name, tensor in weights:
         prefix, found, rest = name.partition(".experts.")
-        module = experts.get(prefix + found)
+        module = experts.get((module_name(name) or "").partition(".experts.")[0] + found)
         if module is None:
             yield name, tensor
             continue
@@ -80,11 +94,17 @@ def renamed(
 @contextmanager
 def building(module: str, config: Any, count: str) -> Iterator[None]:
     """Let the classes of one of vLLM's modules build layers as ``config`` describes them."""
-    names = {
-        "FusedMoEFactory": experts_factory(config),
-        "make_layers": layers_factory(config, count),
-    }
-    where = sys.modules[module]
+    with replaced(
+        sys.modules[module],
+        FusedMoEFactory=experts_factory(config),
+        make_layers=layers_factory(config, count),
+    ):
+        yield
+
+
+@contextmanager
+def replaced(where: ModuleType, **names: Any) -> Iterator[None]:
+    """Put other values in place of names of a module, while the block runs."""
     before = {name: getattr(where, name) for name in names}
     for name, value in names.items():
         setattr(where, name, value)

@@ -9,16 +9,8 @@ from typing import Any
 
 from scipy import stats
 
-from moeprune.evaluation.intervals import (
-    LEVEL,
-    Estimate,
-    Interval,
-    estimate,
-    mcnemar,
-    proportion_difference,
-    smallest_proportion_difference,
-    verdict,
-)
+from moeprune.evaluation.intervals import LEVEL, Estimate, Interval, estimate, verdict
+from moeprune.evaluation.shares import Pairs
 
 _Z = float(stats.norm.ppf(0.5 + LEVEL / 2.0))
 WANTED = 0.02
@@ -50,38 +42,22 @@ def score(student: Numbers, teacher: Numbers | None = None) -> dict[str, Any]:
         return found
     if len(teacher) != len(student):
         raise ValueError("teacher and student answered different questions")
-    gap, p, smallest = _difference(student, teacher)
-    # shares are told in points of a hundred
-    factor, unit = (100.0, "points") if _binary(student, teacher) else (1.0, "")
-    return {
-        **found,
-        "teacher": math.fsum(teacher) / len(teacher),
-        "difference": gap.to_json(),
-        "p": p,
-        "verdict": verdict(
-            gap.times(factor),
-            smallest * factor,
-            WANTED * factor,
-            unit,
-            worse=-1,
-            form=".1f" if unit else ".3f",
-            things="questions",
-            advice="give more questions, or a larger --limit",
-        ),
-    }
+    return {**found, "teacher": math.fsum(teacher) / len(teacher), **_difference(student, teacher)}
 
 
-def _difference(student: Numbers, teacher: Numbers) -> tuple[Interval, float, float]:
+def _difference(student: Numbers, teacher: Numbers) -> dict[str, Any]:
+    advice = "give more questions, or a larger --limit"
     if _binary(student, teacher):
-        pairs = list(zip(teacher, student, strict=True))
-        lost, won = pairs.count((1.0, 0.0)), pairs.count((0.0, 1.0))
-        return (
-            proportion_difference(lost, won, len(pairs)),
-            mcnemar(lost, won),
-            smallest_proportion_difference(lost, won, len(pairs)),
+        pairs = Pairs.of(teacher, student)
+        gap, p = pairs.interval(), pairs.p_value()
+        said = pairs.verdict(WANTED, worse=-1, form=".1f", things="questions", advice=advice)
+    else:
+        paired = _gaps(student, teacher)
+        gap, p = paired.interval(), paired.p_value()
+        said = verdict(
+            gap, paired.smallest(), WANTED, "", -1, ".3f", things="questions", advice=advice
         )
-    paired = _gaps(student, teacher)
-    return paired.interval(), paired.p_value(), paired.smallest()
+    return {"difference": gap.to_json(), "p": p, "verdict": said}
 
 
 def mean_score(students: Sequence[Numbers], teachers: Sequence[Numbers] | None) -> dict[str, Any]:
@@ -138,11 +114,10 @@ def _gap(student: Numbers, teacher: Numbers) -> _Part:
     if not _binary(student, teacher):
         paired = _gaps(student, teacher)
         return _Part(paired.value, paired.error**2, count)
-    pairs = list(zip(teacher, student, strict=True))
-    lost, won = pairs.count((1.0, 0.0)), pairs.count((0.0, 1.0))
-    first, second = (lost + 1) / (count + 2), (won + 1) / (count + 2)
+    pairs = Pairs.of(teacher, student)
+    first, second = (pairs.only_first + 1) / (count + 2), (pairs.only_second + 1) / (count + 2)
     variance = (first + second - (second - first) ** 2) / (count + 2)
-    return _Part((won - lost) / count, variance, count)
+    return _Part((pairs.only_second - pairs.only_first) / count, variance, count)
 
 
 def _gaps(student: Numbers, teacher: Numbers) -> Estimate:

@@ -54,7 +54,9 @@ def run(
     compute = loaded.compute()
     if trust_remote_code:
         compute = replace(compute, trust_remote_code=True)
-    witness = Witness(loaded.model(), compute, command) if command else None
+    witness = (
+        Witness(loaded.model(), compute, command, loaded.text(), progress) if command else None
+    )
     steps = Steps(
         loaded.model(),
         loaded.steps(),

@@ -1,0 +1,223 @@
+"""What large models take on large machines, computed from constants that were measured here.
+
+    python benchmarks/scale.py measure MODEL [--work DIR]        # constants -> scale_constants.json
+    python benchmarks/scale.py validate MODEL [MODEL...]          # measured against predicted
+    python benchmarks/scale.py page                               # docs/scale.md from that file
+
+MODEL of ``measure`` has layers of true size (``real_size.py OLMoE-1B-7B out --layers 2``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import scale_model as sim
+
+CONSTANTS = Path(__file__).with_name("scale_constants.json")
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+MODELS = ("Mixtral-8x22B", "DeepSeek-V3", "Kimi-K2")
+ASSUMED = {
+    "workstation": {
+        "nodes": 1, "cores": 16, "read": 7.0e9, "write": 5.0e9, "shared": None,
+        "flops": 165e12, "link": 25e9, "memory": 128 * 2**30,
+        "what": "16 cores, 128 GiB, one NVMe disk (PCIe 4), one GPU of 24 GB: 165 TFLOP/s bf16, "
+        "PCIe 4 x16",
+    },
+    "8-GPU node": {
+        "nodes": 1, "cores": 96, "read": 25e9, "write": 15e9, "shared": None,
+        "flops": 8 * 989e12, "link": 8 * 50e9, "memory": 2048 * 2**30,
+        "what": "96 cores, 2 TiB, eight NVMe disks, eight GPUs of 80 GB: 989 TFLOP/s bf16 each, "
+        "PCIe 5 x16 each",
+    },
+    "64-node cluster": {
+        "nodes": 64, "cores": 96, "read": 10e9, "write": 10e9, "shared": 200e9,
+        "flops": 8 * 989e12, "link": 8 * 50e9, "memory": 2048 * 2**30,
+        "what": "64 of those nodes; shared storage of 200 GB/s in all, 10 GB/s per node",
+    },
+}  # fmt: skip
+"""From data sheets, not measured; decimal bytes per second."""
+
+
+def machines(found: dict[str, Any]) -> dict[str, sim.Machine]:
+    """The assumed machines: sheets for what they are, measured constants for how it is used.
+
+    Of the GPUs' sheet value the walk is taken to attain the part that it attains here of this CPU's
+    products. Work of the CPU (conversion, fp8, NMI) has this machine's speed per core; one core
+    converts per device.
+    """
+    made = {}
+    for name, sheet in ASSUMED.items():
+        devices = 8 if "8" in name or sheet["nodes"] > 1 else 1
+        made[name] = sim.Machine(
+            name=name, nodes=sheet["nodes"], read=sheet["read"], shared=sheet["shared"],
+            write=sheet["write"], flops=sheet["flops"] * found["attained"], link=sheet["link"],
+            load=found["load"] * devices, decode=found["decode"] * devices,
+            cores=sheet["cores"], nmi=found["nmi_one_core"], memory=sheet["memory"],
+            start=found["start"],
+        )  # fmt: skip
+    return made
+
+
+def time_of(seconds: float) -> str:
+    """In the unit that one reads."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size_of(count: float) -> str:
+    """Decimal bytes."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.{1 if unit == 'TB' else 0}f} {unit}"
+    return f"{count:.0f} B" if count else "–"
+
+
+def flops_of(count: float) -> str:
+    """Products and sums."""
+    return f"{count / 1e15:.1f} P" if count >= 1e14 else "–"
+
+
+def table(shapes: sim.Shapes, machine: sim.Machine, work: sim.Work) -> list[str]:
+    """One model on one machine."""
+    lines = [
+        "| stage | read | written | FLOP | time | bound by | memory per node |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage in sim.STAGES:
+        cost = stage(shapes, machine, work)
+        memory = f"{cost.memory / 2**30:.1f} GiB"
+        if cost.memory > machine.memory:
+            memory += " (more than there is)"
+        lines.append(
+            f"| {cost.stage} | {size_of(cost.read)} | {size_of(cost.written)} | "
+            f"{flops_of(cost.flops)} | {time_of(cost.seconds)} | {cost.bound} | {memory} |"
+        )
+    return lines
+
+
+def constants_table(found: dict[str, Any]) -> list[str]:
+    """Measured here beside assumed."""
+    rate = {
+        "read": ("disk, reading", 1e9, "GB/s"),
+        "write": ("disk, writing and fsync", 1e9, "GB/s"),
+        "flops": ("bf16 products, all devices", 1e12, "TFLOP/s"),
+        "link": ("to the device", 1e9, "GB/s"),
+        "shared": ("storage shared by all nodes", 1e9, "GB/s"),
+        "cores": ("cores", 1, ""),
+        "memory": ("memory", 2**30, "GiB"),
+    }
+    lines = [
+        f"| | measured here | {' | '.join(f'{name}, assumed' for name in ASSUMED)} |",
+        "|---" * (2 + len(ASSUMED)) + "|",
+    ]
+    for key, (words, factor, unit) in rate.items():
+        cells = []
+        for values in (found, *ASSUMED.values()):
+            value = values.get(key)
+            cells.append("–" if value is None else f"{value / factor:.4g} {unit}".strip())
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    scaled = {
+        "attained": ("part of these products that the observed walk attains", 1, ""),
+        "load": ("conversion of a layer, one core", 1e9, "GB/s"),
+        "decode": ("fp8 decoded, one core", 1e9, "G parameters/s"),
+        "nmi_one_core": ("NMI, entries of a pair, one core", 1e9, "G/s"),
+        "copy": ("copies in memory, one core", 1e9, "GB/s"),
+        "sha256": ("SHA-256, one core", 1e9, "GB/s"),
+        "start": ("start of a command", 1, "s"),
+    }
+    for key, (words, factor, unit) in scaled.items():
+        cell = f"{found[key] / factor:.3g} {unit}".strip()
+        lines.append(f"| {words} | {cell} |{' as measured |' * len(ASSUMED)}")
+    return lines
+
+
+def validation_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Measured against predicted."""
+    lines = [
+        "| model | stage | measured | predicted | predicted / measured | bound by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        name = f"{row['model']}, {row['layers']} layers"
+        lines.append(
+            f"| {name} | {row['stage']} | {row['measured']:.1f} s | "
+            f"{row['predicted']:.1f} s | {row['predicted'] / row['measured']:.2f} | "
+            f"{row['bound']} |"
+        )
+    return lines
+
+
+def page(data: dict[str, Any]) -> str:
+    """docs/scale.md."""
+    found, work = data["constants"], sim.Work()
+    shapes = {name: sim.shapes_of(name) for name in MODELS}
+    text = (Path(__file__).with_name("scale.head.md")).read_text().rstrip().splitlines()
+    at = {
+        "CONSTANTS": constants_table(found),
+        "VALIDATION": validation_table(data.get("validation", [])),
+        "SHAPES": [
+            "| model | parameters | active | layers | experts | checkpoint | largest layer, bf16 |",
+            "|---|---|---|---|---|---|---|",
+            *(
+                f"| {name} | {s.total / 1e9:.1f} B | {s.active / 1e9:.1f} B | {s.layers} | "
+                f"{s.top_k} of {s.experts} | {size_of(s.bytes)} | {size_of(s.largest * 2)} |"
+                for name, s in shapes.items()
+            ),
+        ],
+    }
+    lines: list[str] = []
+    for line in text:
+        lines += at.get(line, [line])
+    for machine in machines(found).values():
+        lines += ["", f"## {machine.name[0].upper()}{machine.name[1:]}", ""]
+        lines += [f"{ASSUMED[machine.name]['what']}. All assumed."]
+        for name, its in shapes.items():
+            lines += ["", f"**{name}**", "", *table(its, machine, work)]
+    return "\n".join(lines) + "\n"
+
+
+def load() -> dict[str, Any]:
+    """What was measured so far."""
+    data: dict[str, Any] = json.loads(CONSTANTS.read_text()) if CONSTANTS.is_file() else {}
+    return data
+
+
+def save(data: dict[str, Any]) -> None:
+    CONSTANTS.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("measure", "validate", "page"))
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
+    args = parser.parse_args()
+    if args.what == "page":
+        PAGE.write_text(page(load()))
+        return
+    if not args.models:
+        parser.error("give MODEL")
+    import scale_measure as measuring  # noqa: PLC0415  # the page needs none of it
+
+    data = load()
+    if args.what == "measure":
+        data["constants"] = measuring.constants(Path(args.models[0]), args.work)
+        save(data)
+        print("\n".join(constants_table(data["constants"])))
+        return
+    rows = []
+    for model in args.models:
+        path = model if model == "demo" else Path(model)
+        rows += measuring.validate(path, data["constants"], args.work)
+    data["validation"] = rows
+    save(data)
+    print("\n".join(validation_table(rows)))
+
+
+if __name__ == "__main__":
+    main()

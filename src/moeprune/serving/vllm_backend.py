@@ -1,0 +1,74 @@
+"""Families that vLLM has no class of its own for, or none that we build on.
+
+vLLM's transformers backend builds transformers' model and puts vLLM's attention, linear layers and
+experts in place of its modules. By itself it knows one number of experts and stores them all; here
+it gets the same experts modules, and sees the same numbers, as vLLM's own classes in
+``vllm_models``. The checkpoint's own Python files are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.model_executor.models.transformers import TransformersMoEForCausalLM
+from vllm.model_executor.models.transformers import moe as backend
+from vllm.model_executor.models.utils import extract_layer_index
+
+from moeprune.errors import UnsupportedModelError
+from moeprune.models.sites import count_key, find_sites, is_uneven, resize_facts
+from moeprune.models.uneven_runtime import install
+from moeprune.serving.vllm_experts import experts_factory
+from moeprune.serving.vllm_models import load_vectors, replaced
+
+
+class PrunedTransformersForCausalLM(TransformersMoEForCausalLM):  # type: ignore[misc]
+    """Any model of transformers whose experts vLLM's backend replaces."""
+
+    def recursive_replace(self) -> None:
+        """Build vLLM's modules for layers as config.json describes them.
+
+        Raises:
+            UnsupportedModelError: the backend left experts to transformers, or builds them wider or
+                narrower than they are.
+        """
+        layers = layers_of(self.model)
+        if is_uneven(self.text_config):
+            install(self.model, **resize_facts(self.model, layers))
+        width = {layer: s.shape.intermediate for layer, s in find_sites(self.model, layers).items()}
+        factory = experts_factory(self.text_config, count_key(self.text_config))
+        with replaced(backend, FusedMoEFactory=factory):
+            super().recursive_replace()
+        # it looks for the width in config.json, and loads into a wrong one without an error
+        made = {
+            extract_layer_index(experts.layer_name): experts.moe_config.intermediate_size
+            for experts in self.moe_layers
+        }
+        if made != width:
+            raise UnsupportedModelError(
+                f"vLLM's transformers backend does not build the experts of "
+                f"{self.config.model_type} as they are: layer and width {made}, not {width}"
+            )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint; raises ``CheckpointError`` if a vector is missing."""
+        return load_vectors(self, super().load_weights, weights, self.hf_to_vllm_mapper.map_name)
+
+
+def layers_of(model: nn.Module) -> str:
+    """The name of the list of decoder layers.
+
+    Raises:
+        UnsupportedModelError: there is none, or more than one that fits.
+    """
+    config: Any = model.config
+    number = config.get_text_config().num_hidden_layers
+    found: list[str] = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == number and "." not in name
+    ]
+    if len(found) != 1:
+        raise UnsupportedModelError(f"the decoder layers of {config.model_type} cannot be told")
+    return found[0]
