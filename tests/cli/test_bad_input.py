@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import moeprune.pipeline.demo
 from moeprune.core.budget import Budget
-from moeprune.models import store
+from moeprune.models import kept_statistics
 from moeprune.models.checkpoint import INDEX, demo_path
 from moeprune.pipeline.demo import Cell
 from moeprune.pipeline.inputs import Text
@@ -418,7 +418,8 @@ def test_permission_that_is_refused_late(
     def refuse(*args: object, **more: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    for name in ("mkdtemp", "mkstemp"):
+        monkeypatch.setattr(tempfile, name, refuse)
     args = ["calibrate", "demo", "--out", "new/parent/out", *small]
     refused(*args, says=("cannot write new/parent/out", "Permission denied"))
 
@@ -456,10 +457,11 @@ def test_disk_full(
 
 
 def test_disk_full_inside_safetensors(
-    refused: Refused, small: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, small: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The layer that was whole stays, and nothing else."""
     saved: list[object] = []
-    real = store.save_file
+    real = kept_statistics.save_file
 
     def second_fails(tensors: object, path: Path) -> None:
         saved.append(path)
@@ -468,9 +470,12 @@ def test_disk_full_inside_safetensors(
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         real(tensors, path)
 
-    monkeypatch.setattr(store, "save_file", second_fails)
-    refused("calibrate", "demo", "--out", "out", *small, says="disk full while writing out")
-    assert len(saved) == 2
+    monkeypatch.setattr(kept_statistics, "save_file", second_fails)
+    done = run("calibrate", "demo", "--out", "out", *small)
+    is_refusal(done.code, done.out, done.err, ("disk full while writing out", "is kept in"))
+    assert len(saved) == 2 and not (tmp_path / "out").exists()
+    kept = tmp_path / "out.calibration" / "output"
+    assert [file.name for file in kept.iterdir()] == ["layer-00000.safetensors"]
 
 
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from families import moe_model_types
+from families import moe_model_types, save_tiny
 from methods.conftest import batch_of
 from moeprune.core.accumulators import LIGHT
 from moeprune.errors import OutputError
 from moeprune.models import quirks, walk_state
+from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.kept_statistics import KeptStatistics
+from moeprune.models.loading import LayeredModel
 from moeprune.pipeline import stages
 from support import tree
 
@@ -26,7 +28,8 @@ Tiny = Callable[[str], Path]
 SEVERAL = ["mixtral", "deepseek_v3", "glm_moe_dsa", "nemotron_h", "zaya"]
 """All layers alike, dense ones too, layers that hand on tuples, layers of several kinds."""
 
-WITHOUT_SITES = ("doge", "jetmoe")
+REST = {*moe_model_types()} - {*SEVERAL, "doge", "jetmoe", "inkling2_text"}
+"""The first two have no statistics, the third is below."""
 
 
 @pytest.fixture(autouse=True)
@@ -222,9 +225,16 @@ def test_families_that_hand_on_more_than_outputs_start_again(
     assert tree(out) == tree(tmp_path / "whole")
 
 
+def test_families_that_only_some_configurations_of_hand_on_more(tmp_path: Path) -> None:
+    shared = {"num_kv_shared_layers": 2}
+    for more, whole in (({}, True), (shared, False)):
+        folder = tmp_path / str(whole)
+        model = LayeredModel(Checkpoint.open(save_tiny("gemma4_text", folder, **more)))
+        assert (walk_state.refusal(model) is None) == whole
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", sorted({*moe_model_types()} - {*SEVERAL, *WITHOUT_SITES}))
+@pytest.mark.parametrize("model_type", sorted(REST))
 def test_every_architecture(model_type: str, tiny: Tiny, text: stages.Text, tmp_path: Path) -> None:
     notes = check_calibration(tiny(model_type), text, tmp_path)
-    middle = model_type not in quirks.STATE_ASIDE or quirks.STATE_ASIDE[model_type][0]
-    assert any(note.startswith("going on after 3 of") for note in notes) == bool(middle)
+    assert any(note.startswith("going on after 2 of") for note in notes)
