@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -29,7 +29,7 @@ from moeprune.pipeline.arena.cell import Maker
 from moeprune.pipeline.arena.measuring import Measured, Measuring
 from moeprune.pipeline.arena.scoring import Scoring
 from moeprune.pipeline.arena.state import STATISTICS, Run
-from moeprune.pipeline.inputs import Compute, silent
+from moeprune.pipeline.inputs import Compute, silent, unheard
 
 
 class EndedError(Exception):
@@ -131,6 +131,11 @@ class Fan:
 
     jobs: int
     ray: str | None = None
+
+    def share(self, compute: Compute) -> Compute:
+        """What each of them may use; there is nobody whom it could tell something."""
+        memory = None if compute.memory is None else compute.memory // self.jobs
+        return replace(compute, memory=memory, tell=unheard, profile=None)
 
     @contextmanager
     def lanes(self, work: LaneWork) -> Iterator[Sequence[Lane]]:

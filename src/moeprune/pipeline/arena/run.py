@@ -267,8 +267,8 @@ class _Arena:
             if cell not in there:
                 self._made(cell, maker.attempt(cell, None))
         work = LaneWork(
-            os.fspath(self.source), self.run.path, maker.scoring.collect, self.compute,
-            self.writing, self.windows,
+            os.fspath(self.source), self.run.path, maker.scoring.collect,
+            self.fan.share(self.compute), self.writing, self.windows,
         )  # fmt: skip
         kept = {cell.key: self.run.cells.get(cell.key) for cell in there}
         with self.fan.lanes(work) as lanes:
