@@ -6,6 +6,8 @@ Also the hashes that tie statistics, plans and checkpoints together.
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -14,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,8 @@ def _looks_like_ours(path: Path) -> bool:
     return all(_PLAN_WEIGHTS.fullmatch(file.name) for file in path.iterdir())
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file or directory on the disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -83,7 +86,8 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses while ``path`` is made into an ``OutputError``."""
     try:
         yield
     except OSError as error:
@@ -129,52 +133,63 @@ def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
 
     Whatever goes wrong inside, ``path`` is as it was before and the temporary directory is gone.
     """
+    _sweep(path)
     refuse_existing(path, force)
-    with _disk_errors(path), _parents_of(path):
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    with disk_errors(path), _parents_of(path), ExitStack() as held:
+        work = _temporary(path, ".partial", held, directory=True)
         try:
             yield work
-            for entry in sorted(work.rglob("*")):
-                _fsync(entry)
-            os.chmod(work, 0o755)
-            refuse_existing(path, force)  # hours may have passed
-            _replace(work, path)
+            move_into_place(work, path, force)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
 
 
+def move_into_place(work: Path, path: Path, force: bool = False) -> None:
+    """Make a directory that is finished the output ``path``; both are on one disk.
+
+    Raises:
+        OutputError: ``path`` has appeared while ``work`` was made, and ``force`` was not given.
+    """
+    for entry in sorted(work.rglob("*")):
+        fsync(entry)
+    os.chmod(work, 0o755)
+    _sweep(path)
+    refuse_existing(path, force)  # hours may have passed
+    _replace(work, path)
+
+
 def _replace(work: Path, path: Path) -> None:
     """Rename ``work`` to ``path``; an old ``path`` is moved aside first and deleted last."""
-    old: Path | None = None
-    if path.exists() or path.is_symlink():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-        os.rename(path, old / "content")
-    try:
-        os.rename(work, path)
-    except OSError:
+    with ExitStack() as held:
+        old: Path | None = None
+        if path.exists() or path.is_symlink():
+            old = _temporary(path, ".old", held, directory=True)
+            os.rename(path, old / "content")
+        try:
+            os.rename(work, path)
+        except OSError:
+            if old is not None:
+                os.rename(old / "content", path)
+                old.rmdir()
+            raise
+        fsync(path.parent)
         if old is not None:
-            os.rename(old / "content", path)
-            old.rmdir()
-        raise
-    _fsync(path.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_together(contents: Mapping[Path, bytes], force: bool = False) -> None:
     """Write files of one directory: no old one is touched before all new ones are on the disk."""
     for path in contents:
+        _sweep(path)
         refuse_existing(path, force, directory=False)
-    written: dict[Path, str] = {}
+    written: dict[Path, Path] = {}
     path = next(iter(contents))
-    with _disk_errors(path), _parents_of(path):
+    with disk_errors(path), _parents_of(path), ExitStack() as held:
         try:
             for path, content in contents.items():
-                handle, written[path] = tempfile.mkstemp(
-                    prefix=f".{path.name}.", suffix=".partial", dir=path.parent
-                )
-                with os.fdopen(handle, "wb") as file:
+                written[path] = _temporary(path, ".partial", held, directory=False)
+                with written[path].open("wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
@@ -183,9 +198,99 @@ def write_together(contents: Mapping[Path, bytes], force: bool = False) -> None:
                 os.replace(name, path)
         except BaseException:
             for name in written.values():
-                Path(name).unlink(missing_ok=True)
+                name.unlink(missing_ok=True)
             raise
-        _fsync(path.parent)
+        fsync(path.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have a directory, which is made if it is missing, for oneself until the block ends.
+
+    The kernel frees the lock when its process dies, however it dies.
+
+    Raises:
+        OutputError: another process has it.
+    """
+    file = folder / ".lock"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _claim(handle):
+            os.close(handle)
+            raise OutputError(
+                f"another process works in {folder}", "wait for it, or choose another --out"
+            )
+        if _is(handle, file):
+            break
+        os.close(handle)  # its last owner has just removed it
+    try:
+        yield
+    finally:
+        if _is(handle, file):
+            file.unlink()  # while it is held: nobody can lock what is about to go
+        os.close(handle)
+
+
+def _claim(handle: int) -> bool:
+    """Lock an open file or directory; False if another process has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some file systems of clusters have no locks
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
+            raise
+    return True
+
+
+def _is(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that stands at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _temporary(path: Path, suffix: str, held: ExitStack, directory: bool) -> Path:
+    """A new file or directory beside ``path`` that ``_sweep`` spares until ``held`` is closed."""
+    prefix = f".{path.name}."
+    while True:
+        if directory:
+            name = tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent)
+            handle = os.open(name, os.O_RDONLY)
+        else:
+            handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=path.parent)
+        if _claim(handle) and _is(handle, Path(name)):
+            held.callback(os.close, handle)
+            return Path(name)
+        os.close(handle)  # another process took it for abandoned, and sweeps it away
+
+
+def _sweep(path: Path) -> None:
+    """Mend what processes that were killed left beside ``path`` while they made it.
+
+    An old output that was moved aside comes back if no new one has taken its place.
+    """
+    for suffix in (".old", ".partial"):
+        for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.*{suffix}")):
+            with suppress(OSError):
+                handle = os.open(left, os.O_RDONLY)
+                try:
+                    if not _claim(handle):
+                        continue
+                    if (left / "content").exists() and not path.exists():
+                        os.rename(left / "content", path)
+                    _remove(left)
+                finally:
+                    os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_partial(path: Path) -> bool:
@@ -196,10 +301,7 @@ def is_partial(path: Path) -> bool:
 def remove_partial(folder: Path) -> None:
     """Take away what killed processes left in ``folder``; only for whoever has it to himself."""
     for path in filter(is_partial, sorted(folder.iterdir())):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from families import moe_model_types, token_ids
-from moeprune.core.memory import Decision
+from moeprune.core.memory import Decision, Sizes
+from moeprune.errors import BudgetError, MoepruneError
+from moeprune.models import bounds
 from moeprune.models import walk as walking
-from moeprune.models.bounds import Load
+from moeprune.models.bounds import Limits, Load, bounded, sizes_of
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.expert_ranges import whole_only
 from moeprune.models.hidden import HiddenStates
@@ -72,21 +74,30 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name, equal_nan=True)
 
 
-FILED = Decision(in_memory=1, prefetch=False, workers=1, chunk=8)
+FILED = Decision(in_memory=1, prefetch=False, workers=1, chunk=10**9)
 CHUNKED = Decision(in_memory=0, prefetch=False, workers=2, chunk=3)
 
 
-@pytest.mark.parametrize("model_type", moe_model_types())
+def families(*quick: str) -> list[object]:
+    """All families; but for some of every kind they are many and take long."""
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=() if n in quick else slow) for n in moe_model_types()]
+
+
+@pytest.mark.parametrize(
+    "model_type", families("olmoe", "gpt_oss", "deepseek_v4", "inkling2_text", "jamba", "dbrx")
+)
 def test_hidden_states_in_a_file(
     model_type: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No prefetch, another number of workers, states in a file: logits bit for bit."""
     expected = run(opened(tiny(model_type)), (), None, monkeypatch)
-    way = replace(FILED, chunk=10**9)
-    assert_same(run(opened(tiny(model_type)), (), way, monkeypatch), expected)
+    assert_same(run(opened(tiny(model_type)), (), FILED, monkeypatch), expected)
 
 
-@pytest.mark.parametrize("model_type", moe_model_types())
+@pytest.mark.parametrize(
+    "model_type", families("olmoe", "gpt_oss", "deepseek_v4", "nemotron_h", "ernie4_5_moe", "zaya")
+)
 def test_experts_some_at_a_time(
     model_type: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,5 +107,97 @@ def test_experts_some_at_a_time(
     if why is not None or not model.sites:
         assert why is None or model_type in WHOLE, why
         return
+    assert model_type not in WHOLE
     expected = run(model, EVERYTHING, None, monkeypatch)
     assert_same(run(opened(tiny(model_type)), EVERYTHING, CHUNKED, monkeypatch), expected)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss"])
+def test_quantised_experts_some_at_a_time(
+    model_type: str, twin: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block-scaled fp8 by experts, and MXFP4 of all of them: decoded in ranges as in one piece."""
+    expected = run(opened(twin(model_type)), EVERYTHING, None, monkeypatch)
+    assert_same(run(opened(twin(model_type)), EVERYTHING, CHUNKED, monkeypatch), expected)
+
+
+# ---- decisions from a model's own sizes ----------------------------------------------------------
+
+
+def limited(directory: Path, memory: int, told: list[str] | None = None) -> LayeredModel:
+    model = opened(directory)
+    tell = (lambda text: None) if told is None else told.append
+    model.limits = Limits(memory, tell=tell)
+    return model
+
+
+def logits_of(model: LayeredModel, chunks: bool = True) -> list[Tensor]:
+    found: list[Tensor] = []
+    with Walk(model, batches(False), 2, chunks=chunks) as walk:
+        walk.layers()
+        walk.logits(lambda index, value: found.append(value.clone()))
+    return found
+
+
+def sizes(directory: Path, **given: Any) -> Sizes:
+    tokens = [tuple(batch.ids_BL.shape) for batch in batches(False)]
+    return sizes_of(opened(directory), Load(tokens, 2, **given))  # type: ignore[arg-type]
+
+
+def test_plenty_changes_nothing(tiny: Tiny) -> None:
+    told: list[str] = []
+    found = logits_of(limited(tiny("olmoe"), 1 << 40, told))
+    assert all(map(torch.equal, found, logits_of(opened(tiny("olmoe")))))
+    assert len(told) == 1
+    assert "hidden states in memory; next layer read ahead; 2 batches at once" in told[0]
+
+
+def test_too_little_is_refused_before_anything_is_loaded(tiny: Tiny) -> None:
+    model = limited(tiny("olmoe"), 1 << 20)
+    with pytest.raises(BudgetError, match="1MiB is too small"):
+        logits_of(model)
+    assert not model.is_resident
+    with pytest.raises(MoepruneError, match="on the CPU"):
+        model.device = torch.device("meta")
+        logits_of(model)
+
+
+def test_sizes_are_those_of_the_tensors(tiny: Tiny) -> None:
+    """Of olmoe, whose experts are stored one by one and put together when a layer is loaded."""
+    model = opened(tiny("olmoe"))
+    found = sizes(tiny("olmoe"), chunks=True)
+    model.load_layer(0)
+    assert found.layer == sum(p.nbytes for p in model.layers[0].parameters())
+    experts = sum(p.nbytes for p in model.sites[0].experts.parameters())
+    assert found.layer - found.rest == experts == found.source
+    model.load_resident()
+    outside = [p for n, p in model.model.named_parameters() if ".layers." not in n]
+    assert found.resident == sum(p.nbytes for p in outside)
+    assert found.hidden == 3 * 48 * 32 * 4
+    assert found.chunks
+    assert sizes(tiny("gpt_oss")).source == 0  # mapped as they are
+    assert not sizes(tiny("dbrx"), chunks=True).chunks
+    assert not sizes(tiny("olmoe"), chunks=False).chunks
+
+
+def test_a_visit_cannot_change_weights_that_are_not_there(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walking, "bounded", lambda model, load: (CHUNKED, None))
+    with (
+        Walk(opened(tiny("olmoe")), batches(), chunks=True) as walk,
+        pytest.raises(BudgetError, match="weights cannot be changed"),
+    ):
+        walk.layers(["routing"], lambda site, statistics: True)
+
+
+def test_branches_share_states_in_the_file(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches that hand their states to each other are all in memory, or none."""
+    load = Load([(2, 24)] * 4, 2, shared=True)
+    model = limited(tiny("olmoe"), 1 << 40)
+    some = Decision(2, True, 2, 8)
+    monkeypatch.setattr(bounds, "decide", lambda *_: some)
+    way, hidden = bounded(model, load)
+    assert way.in_memory == 0
+    assert hidden is not None
+    hidden.close()

@@ -91,6 +91,7 @@ def calibrate(
             compute,
             force,
             progress,
+            output.note,
         )
     output.tell_default_text(model, data)
     output.tell_profile(compute)
@@ -171,8 +172,10 @@ def plan(
             progress,
             uniform,
             parse_constraints(pin, forbid, protect_super),
+            out=out,
+            force=force,
+            note=output.note,
         )
-    stages.save_plan(made, out, force)
     if statistics is None and made.statistics:
         output.tell_default_text(model, data)
     output.tell_warnings(made.warnings)

@@ -18,7 +18,7 @@ class Sizes:
     """Bytes of what a walk holds.
 
     Attributes:
-        base: the process before the walk, whatever it has loaded already.
+        base: the process before the walk, whatever it has loaded already, and what libraries take.
         resident: tensors outside the decoder layers that are still to be loaded.
         layer: the largest decoder layer in the dtype computed in.
         rest: the largest decoder layer without its experts.
@@ -104,8 +104,8 @@ def decide(sizes: Sizes, budget: int, later: int = 0) -> Decision:
             return replace(chosen, peak=peak(sizes, chosen))
     smallest = smallest_budget(sizes)
     raise BudgetError(
-        f"--memory {show(budget)} is too small: before the walk the process has "
-        f"{show(sizes.base)}, embeddings and head take {show(sizes.resident)}, "
+        f"--memory {show(budget)} is too small: the process takes {show(sizes.base)}, "
+        f"embeddings and head take {show(sizes.resident)}, "
         f"{_part(sizes)} {show(peak(sizes, way) - sizes.base - sizes.resident)}",
         f"the smallest budget that works is --memory {show(smallest)}",
     )

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from moeprune.models.bounds import Load, share
 from moeprune.models.data import token_keys
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
-from moeprune.models.walk import Batch, Walk
+from moeprune.models.walk import Batch, Walk, default_workers
 
 BATCH_SIZE = 16
 _LOGITS_PER_BATCH = 1 << 27  # values; larger batches are split
@@ -90,6 +91,9 @@ def likelihoods(
     found: dict[str, dict[int, Answer]] = {name: {} for name in models}
     total = sum(len(model.layers) for model in models.values()) * len(batches)
     before = 0
+    sizes = [(len(b), len(b[0].read(max_length))) for b in max(passes, key=len, default=[])]
+    at_once = workers or default_workers(next(iter(models.values())).device)
+    share(list(models.values()), Load(sizes, at_once, chunks=True))
     for rows in passes:
         inputs = [_batch(batch, max_length) for batch in rows]
         for name, model in models.items():

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeprune.errors import DataError
-from moeprune.models.bounds import share
+from moeprune.models.bounds import Load, share
 from moeprune.models.data import Domain, token_keys
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
-from moeprune.models.walk import Batch, Walk
+from moeprune.models.walk import Batch, Walk, default_workers
 
 _LOGITS_PER_BATCH = 1 << 25  # values, of one model
 _TOKENS_PER_BATCH = 4096
@@ -158,7 +158,8 @@ def evaluate(
     steps = [len(model.layers) * len(batches) for model in models.values()]
     total, before = sum(steps) + len(batches), 0
     results = {name: Evaluation() for name in models}
-    share(list(models.values()))
+    at_once = workers or default_workers(next(iter(models.values())).device)
+    share(list(models.values()), Load([batch.size for batch in batches], at_once, chunks=True))
     with ExitStack() as stack:
         walks: dict[str, Walk] = {}
         for (name, model), own in zip(models.items(), steps, strict=True):

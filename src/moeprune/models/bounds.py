@@ -25,7 +25,8 @@ RESIDENT = -1
 """Key of the tensors outside the decoder layers: embeddings, final norm, head."""
 
 _STATES = 3  # a batch holds its embeddings, what went into a layer, and what came out
-_SLACK = 96 << 20  # scratch memory and compiled kernels of matrix libraries
+_SLACK = 128 << 20  # scratch memory and compiled kernels of matrix libraries
+_FIRST: list[int] = []  # the size of the process when it was looked at first
 
 
 def _no_word(text: str) -> None:
@@ -39,6 +40,7 @@ class Limits:
     Attributes:
         memory: bytes of the whole process; None is no limit.
         folder: where hidden states go that have no room; None takes the system's.
+        beside: bytes that whoever walks takes for himself while he does.
         later: bytes that hidden states leave free, for models that are walked beside this one.
         tell: gets a line on what was decided.
         profile: counts where time goes.
@@ -46,6 +48,7 @@ class Limits:
 
     memory: int | None = None
     folder: Path | None = None
+    beside: int = 0
     later: int = 0
     tell: Callable[[str], None] = _no_word
     profile: Profile = field(default_factory=Profile)
@@ -106,11 +109,28 @@ def bounded(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | N
     return decision, HiddenStates(limits.folder, decision.in_memory, reserve, spent=spent)
 
 
-def share(models: Sequence[LayeredModel]) -> None:
-    """Tell models that are walked one after another, and kept, to leave room for the next ones."""
+def share(models: Sequence[LayeredModel], load: Load) -> None:
+    """Prepare models that are walked one after another and stay open to share one budget.
+
+    Hidden states of the first leave room for what the next ones keep, and a budget that is too
+    small for one of them shows before the first walk.
+
+    Raises:
+        BudgetError: it is too small.
+    """
+    outside = [outside_bytes(model) for model in models]
     for number, model in enumerate(models):
-        later = sum(_stored(other)[RESIDENT][0] for other in models[number + 1 :])
-        model.limits = replace(model.limits, later=later)
+        memory = model.limits.memory
+        if memory is not None:
+            model.limits = replace(model.limits, later=sum(outside[number + 1 :]))
+            sizes = sizes_of(model, load)
+            # by then the file has all hidden states of those before it
+            decide(replace(sizes, base=sizes.base + sum(outside[:number])), memory)
+
+
+def outside_bytes(model: LayeredModel) -> int:
+    """Embeddings, head, final norm, and whatever else is not in the decoder layers."""
+    return _stored(model)[RESIDENT][0]
 
 
 def check(limits: Limits) -> None:
@@ -130,7 +150,7 @@ def sizes_of(model: LayeredModel, load: Load) -> Sizes:
     tokens = max((rows * length for rows, length in load.tokens), default=0)
     largest = max(load.tokens, key=lambda shape: shape[0] * shape[1], default=(0, 0))
     return Sizes(
-        base=(resident_memory() or 0) + _SLACK,
+        base=_process() + model.limits.beside,
         resident=0 if model.is_resident else stored[RESIDENT][0],
         layer=max(whole, default=0),
         rest=max((a - b for a, b in zip(whole, inside, strict=True)), default=0),
@@ -168,6 +188,14 @@ def _stored(model: LayeredModel) -> dict[int, tuple[int, int]]:
                 source += disk
         found[index] = (made, source + one)
     return found
+
+
+def _process() -> int:
+    """What the process takes, with what libraries will take in its first walk."""
+    now = resident_memory() or 0
+    if not _FIRST:
+        _FIRST.append(now)
+    return max(now, _FIRST[0] + _SLACK)
 
 
 def _nbytes(parameters: Any) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from moeprune.errors import OutputError
 
 _IN_MEMORY = ("tmpfs", "ramfs")
+_MOUNTS = Path("/proc/self/mounts")
 _SMALLEST = 1 << 14  # bytes; what is smaller is not worth a place in a file
 
 
@@ -101,6 +102,13 @@ class HiddenStates:
         with self._lock:
             self._collect()
             for place in self._owned[owner]:
+                place.leave(self._file.fileno())
+
+    def rest_all(self) -> None:
+        """The same for all batches."""
+        with self._lock:
+            self._collect()
+            for place in self._live.values():
                 place.leave(self._file.fileno())
 
     def close(self) -> None:
@@ -199,10 +207,10 @@ def refuse_memory(folder: Path) -> None:
         )
 
 
-def _file_system(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
+def _file_system(folder: Path) -> str:
     """The type of the file system of ``folder``; empty where the system does not say."""
     try:
-        lines = mounts.read_text().splitlines()
+        lines = _MOUNTS.read_text().splitlines()
     except OSError:
         return ""
     best, kind = "", ""

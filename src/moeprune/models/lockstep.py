@@ -56,6 +56,7 @@ class Job(threading.Thread):
         self._done = done
         self._hidden = hidden
         self.entered: Any = None
+        self.passed = 0
         self._layer: Callable[[], Any] | None = None
         self._go_on: SimpleQueue[bool] = SimpleQueue()
 
@@ -134,6 +135,8 @@ class Lockstep:
         inputs: keyword arguments of ``model.forward``, per batch.
         workers: batches that compute at once; each uses one core (CPU).
         hidden: what batches hold between layers goes there; None leaves it in memory.
+        passing: layers at the beginning that are not computed; batches stop at the next one.
+        pass_on: what such a layer hands on, given a batch's index and what goes into the layer.
     """
 
     def __init__(
@@ -143,8 +146,11 @@ class Lockstep:
         inputs: Sequence[dict[str, Tensor]],
         workers: int,
         hidden: HiddenStates | None = None,
+        passing: int = 0,
+        pass_on: Callable[[int, Any], Any] = lambda index, entered: entered,
     ) -> None:
         self.workers = workers
+        self._passing, self._pass_on = passing, pass_on
         self._layers = layers
         self._done: SimpleQueue[Job] = SimpleQueue()
         self._threads_before = torch.get_num_threads()
@@ -173,13 +179,15 @@ class Lockstep:
         if self._one_core:
             torch.set_num_threads(1)
 
-    @staticmethod
-    def _gate(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _gate(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def gated(*args: Any, **kwargs: Any) -> Any:
             job = _CURRENT.job
             if job is None:
                 return forward(*args, **kwargs)
             entered = args[0] if args else kwargs.get("hidden_states")
+            if job.passed < self._passing:
+                job.passed += 1
+                return self._pass_on(job.index, entered)
             job.hold(kwargs.get("attention_mask"))
             return job.stop_at(lambda: forward(*args, **kwargs), entered)
 

@@ -105,3 +105,12 @@ ONLY_WITH_OWN_CODE = {
 
 DEPTH_REFUSED: dict[str, str] = {}
 """Families whose layers cannot be left out, with the reason."""
+
+STATE_ASIDE: dict[str, tuple[str, str]] = {
+    # earlier layers' inputs are collected outside the layers, for all that come later
+    "inkling2_text": ("", "its layers also read what went into the layers before them"),
+    # keys and values of an earlier layer are put into a dictionary that all layers are given
+    "gemma4_text": ("num_kv_shared_layers", "its last layers read keys and values of earlier ones"),
+}
+"""Model types whose layers hand on more than their outputs, so that a walk cannot go on in its
+middle: the configuration field that must be set for it ("": always), and what the user is told."""

@@ -18,6 +18,9 @@ class ResidualTap:
 
     Which tokens is known before the walk: those with the smallest keys, and of the last tokens of
     sequences those with the smallest keys.
+
+    Attributes:
+        points: their rows, and those of the last tokens, at every point so far.
     """
 
     def __init__(self, batches: Sequence[Batch]) -> None:
@@ -42,12 +45,12 @@ class ResidualTap:
                 places.append(torch.stack((torch.full_like(rows, number), rows), dim=1))
         self._key_S, self._place_S = _smallest(all_keys, all_places)
         self._key_Q, self._place_Q = _smallest(last_keys, last_places)
-        self._points: list[tuple[Tensor, Tensor]] = []
+        self.points: list[tuple[Tensor, Tensor]] = []
 
     def note(self, states: Sequence[object]) -> None:
         """The stream at the next point; one tensor [B, L, ...] or [B * L, ...] per batch."""
         flat = [self._flat(state, size) for state, size in zip(states, self._sizes, strict=True)]
-        self._points.append((_rows(flat, self._place_S), _rows(flat, self._place_Q)))
+        self.points.append((_rows(flat, self._place_S), _rows(flat, self._place_Q)))
 
     @staticmethod
     def _flat(state: object, size: torch.Size) -> Tensor:
@@ -60,7 +63,7 @@ class ResidualTap:
 
     def result(self) -> Residual:
         """The angles."""
-        x_DSC, x_DQC = (torch.stack(points) for points in zip(*self._points, strict=True))
+        x_DSC, x_DQC = (torch.stack(points) for points in zip(*self.points, strict=True))
         return Residual.of(self._key_S, x_DSC, self._key_Q, x_DQC)
 
 

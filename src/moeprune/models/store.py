@@ -16,6 +16,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
+from torch import Tensor
 
 from moeprune.core.plan import Plan
 from moeprune.core.residual import NAME, Residual
@@ -209,6 +210,26 @@ class StatisticsStore:
             raise DataError(what, _AGAIN) from error
 
 
+def statistics_file(
+    statistics: LayerStatistics | Residual,
+) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """A file's name, its tensors, and what the manifest says of them beside the checksum."""
+    if isinstance(statistics, Residual):
+        return f"{NAME}.safetensors", dict(statistics.tensors()), {}
+    shape = statistics.shape
+    told = {"tokens": statistics.tokens, "shape": asdict(shape)}
+    return f"layer-{shape.layer:05d}.safetensors", statistics.to_tensors(), told
+
+
+def manifest_bytes(header: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> bytes:
+    """The manifest of statistics with these files, each with its name and checksum."""
+    layers = {int(entry["shape"]["layer"]): entry for entry in entries if "shape" in entry}
+    whole = [(NAME, entry) for entry in entries if "shape" not in entry]
+    by_layer = {str(index): dict(entry) for index, entry in sorted(layers.items())}
+    told = {"format": STATISTICS_FORMAT, **header, "versions": versions()}
+    return json_bytes({**told, **dict(whole), "layers": by_layer})
+
+
 @contextmanager
 def writing_statistics(
     out: Path, header: Mapping[str, Any], force: bool = False
@@ -220,34 +241,16 @@ def writing_statistics(
         header: manifest entries ``model``, ``data``, ``dtype``, ``collect``.
         force: replace an existing one.
     """
-    layers: dict[str, Any] = {}
-    whole: dict[str, Any] = {}
+    entries: list[dict[str, Any]] = []
     with new_directory(out, force) as work:
 
         def save(statistics: LayerStatistics | Residual) -> None:
-            if isinstance(statistics, Residual):
-                name = f"{NAME}.safetensors"
-                save_file(dict(statistics.tensors()), work / name)
-                whole[NAME] = {"file": name, "sha256": sha256_file(work / name)}
-                return
-            name = f"layer-{statistics.shape.layer:05d}.safetensors"
-            save_file(statistics.to_tensors(), work / name)
-            layers[str(statistics.shape.layer)] = {
-                "file": name,
-                "sha256": sha256_file(work / name),
-                "tokens": statistics.tokens,
-                "shape": asdict(statistics.shape),
-            }
+            name, tensors, told = statistics_file(statistics)
+            save_file(tensors, work / name)
+            entries.append({"file": name, "sha256": sha256_file(work / name), **told})
 
         yield save
-        manifest = {
-            "format": STATISTICS_FORMAT,
-            **header,
-            "versions": versions(),
-            **whole,
-            "layers": {key: layers[key] for key in sorted(layers, key=int)},
-        }
-        (work / MANIFEST).write_bytes(json_bytes(manifest))
+        (work / MANIFEST).write_bytes(manifest_bytes(header, entries))
 
 
 def merge_statistics(

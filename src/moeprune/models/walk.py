@@ -30,6 +30,7 @@ from moeprune.models.loading import LayeredModel
 from moeprune.models.lockstep import Job, Lockstep
 from moeprune.models.observe import Collector, observed
 from moeprune.models.sites import MoESite
+from moeprune.models.walk_state import Start
 
 # Half-precision matrix products on the CPU are compiled once per shape and kept, half a megabyte
 # each, 1024 by default. The number of rows per expert differs with every batch, so most are used
@@ -62,6 +63,11 @@ class Batch:
     domain_B: Tensor | None = None
     watched_M: Tensor | None = None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows, and tokens per row."""
+        return len(self.ids_BL), self.ids_BL.shape[1]
+
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
         found = {"input_ids": self.ids_BL.to(device)}
@@ -89,6 +95,7 @@ class Walk:
         batches: what goes through.
         workers: batches that compute at once; 0 takes one per core on the CPU, one on a GPU.
         progress: told after every batch of every layer.
+        start: goes on behind a layer whose outputs were kept; None starts before the first.
         needs: what ``layers`` will collect, for plans of memory; nothing is collected by it.
         chunks: whether the model's memory limit may load the experts of a layer some at a time;
             who looks at weights in ``visit``, or edits them, needs them all.
@@ -101,6 +108,7 @@ class Walk:
     batches: Sequence[Batch]
     workers: int = 0
     progress: Progress = lambda done, total: None
+    start: Start | None = None
     needs: Sequence[str] = ()
     chunks: bool = False
     shared: ClassVar[bool] = False
@@ -111,7 +119,7 @@ class Walk:
     def __enter__(self) -> Walk:
         self._time = self.model.limits.profile
         workers = self.workers or default_workers(self.model.device)
-        tokens = [(len(b.ids_BL), b.ids_BL.shape[1]) for b in self.batches]
+        tokens = [batch.size for batch in self.batches]
         load = Load(tokens, workers, self.needs, self.chunks, self.shared, not self.needs)
         self.way, self._hidden = bounded(self.model, load)
         if self._hidden is not None:
@@ -120,9 +128,17 @@ class Walk:
         inputs = [batch.inputs(self.model.device) for batch in self.batches]
         self._stack.callback(self._free_all)
         self._loader = self._stack.enter_context(ThreadPoolExecutor(1, "moeprune-loader"))
+        start = self.start
+        passing = () if start is None else (start.layer, start.pass_on)
+        how = (self.way.workers, self._hidden)
         self._lockstep = self._stack.enter_context(
-            Lockstep(self.model.model, self.model.layers, inputs, self.way.workers, self._hidden)
+            Lockstep(self.model.model, self.model.layers, inputs, *how, *passing)
         )
+        if start is not None:
+            for job in self._lockstep.jobs:  # all stand at the layer that is done
+                job.output = start.output(job.index, self.model.device)
+                job.hold(job.output)
+            self._steps = (start.layer + 1) * len(self.batches)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -137,14 +153,16 @@ class Walk:
         needs: Sequence[str] = (),
         visit: Callable[[MoESite, LayerStatistics], bool] | None = None,
         stream: Callable[[Sequence[object]], None] | None = None,
+        done: Callable[[int, Sequence[object]], None] = lambda index, outputs: None,
     ) -> None:
-        """Run all decoder layers.
+        """Run all decoder layers, or those that are left behind ``start``.
 
         Args:
             needs: accumulators to collect in the MoE layers; none runs the model's own experts.
             visit: called for each MoE layer with its statistics, its weights in memory. If it
                 returns True it has changed them, and the layer runs again before the next one.
             stream: gets the residual stream of all batches before every layer, and after the last.
+            done: told that a layer is done, and what it made of all batches.
         """
         for index in self.standing():
             if stream is not None:
@@ -152,14 +170,22 @@ class Walk:
             self._run(index, needs, visit)
             if index + 1 == len(self.model.layers) and stream is not None:
                 stream([job.output for job in self._lockstep.jobs])
+            done(index, [job.output for job in self._lockstep.jobs])
+            if self._hidden is not None:
+                self._hidden.rest_all()
 
     def standing(self) -> Generator[int, None, None]:
         """Every decoder layer in turn: its weights are in memory and all batches stand before it.
 
         Whoever iterates computes the layer, with ``run`` for example, before going on.
         """
-        following: Future[None] = self._loader.submit(self._load, 0)
-        for index in range(len(self.model.layers)):
+        first = 0 if self.start is None else self.start.layer + 1
+        if first == len(self.model.layers):
+            return
+        following: Future[None] = self._loader.submit(self._load, first)
+        if first:
+            self._lockstep.advance()
+        for index in range(first, len(self.model.layers)):
             with self._time.spend(WAITING):
                 following.result()
             if index + 1 < len(self.model.layers) and self.way.prefetch:

@@ -187,6 +187,12 @@ def write_shards(
         (directory / INDEX).write_bytes(json_bytes(index))
 
 
+def write_file(file: Path, pieces: Sequence[Piece]) -> None:
+    """Write ``pieces`` in order as one safetensors file; it is on the disk when this returns."""
+    for _ in _write_shard(file, pieces):
+        pass
+
+
 def _write_shard(file: Path, pieces: Sequence[Piece]) -> Iterator[int]:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0

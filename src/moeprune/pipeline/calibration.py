@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from moeprune.core.accumulators import LIGHT, Routing
-from moeprune.core.residual import NAME, Residual
+from moeprune.core.residual import NAME
 from moeprune.core.statistics import LayerStatistics
 from moeprune.files import refuse_existing
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.kept_statistics import KeptStatistics
 from moeprune.models.layout import refuse
 from moeprune.models.loading import LayeredModel
 from moeprune.models.residual import ResidualTap
 from moeprune.models.sites import MoESite
-from moeprune.models.store import StatisticsStore, writing_statistics
+from moeprune.models.store import StatisticsStore, versions
 from moeprune.models.walk import Walk
+from moeprune.models.walk_state import WalkStates
 from moeprune.pipeline.inputs import (
     Compute,
+    Note,
     Progress,
     Source,
     Text,
@@ -27,7 +31,11 @@ from moeprune.pipeline.inputs import (
     read_calibration,
     refuse_source,
     silent,
+    unheard,
 )
+from moeprune.work import refuse_finished, work_folder
+
+STAGE = "calibration"
 
 
 def calibrate(
@@ -38,14 +46,18 @@ def calibrate(
     compute: Compute = Compute(),
     force: bool = False,
     progress: Progress = silent,
+    note: Note = unheard,
 ) -> StatisticsStore:
     """Walk the model over calibration text and save the statistics of every MoE layer.
 
+    What is done is kept in ``<out>.calibration`` until ``out`` appears; the same call goes on from
+    it, and ends with the same bytes as one that was never interrupted.
+
     Raises:
-        MoepruneError: anything the user can mend; nothing is left behind.
+        MoepruneError: anything the user can mend; ``out`` is as it was before.
     """
     out = Path(out)
-    refuse_existing(out, force)
+    refuse_finished(out, STAGE, force)
     checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     refuse_source(checkpoint, out)
     model = compute.open(checkpoint)
@@ -60,18 +72,77 @@ def calibrate(
         "collect": sorted({*collect, *needs}),
     }
     LayerStatistics.empty(next(iter(model.sites.values())).shape, needs)  # names are checked now
-    with writing_statistics(out, header, force) as save:
-
-        def visit(site: MoESite, statistics: LayerStatistics) -> bool:
-            save(statistics)
-            return False
-
-        angles = save if NAME in collect else None
-        observe(
-            model, domains, compute, needs, visit, progress, text.seed, residual=angles,
-            chunks=True,
-        )  # fmt: skip
+    identity = {**identify(model, domains, text.seed), "collect": header["collect"]}
+    with work_folder(out, STAGE, identity, force, note) as folder:
+        if not folder.published:
+            refuse_existing(out, force)
+            kept = KeptStatistics(folder)
+            tap = ResidualTap(data.batches(domains, text.seed)) if NAME in collect else None
+            states = WalkStates(folder, model)
+            _resume(kept, tap, states)
+            if not states.finished:
+                _walk(model, domains, compute, needs, progress, text.seed, kept, tap, states)
+            if tap is not None:
+                kept.save(tap.result())
+            kept.publish(header, force)
     return StatisticsStore.open(out)
+
+
+def _walk(
+    model: LayeredModel,
+    domains: Sequence[data.Domain],
+    compute: Compute,
+    needs: Sequence[str],
+    progress: Progress,
+    seed: int,
+    kept: KeptStatistics,
+    tap: ResidualTap | None,
+    states: WalkStates,
+) -> None:
+    """All layers that are left, each kept when it is done."""
+
+    def visit(site: MoESite, statistics: LayerStatistics) -> bool:
+        kept.save(statistics)
+        return False
+
+    def done(index: int) -> None:
+        for number, rows in enumerate([] if tap is None else tap.points):
+            if number >= index:
+                kept.save_point(number, rows)
+
+    stream = None if tap is None else tap.note
+    observe(
+        model, domains, compute, needs, visit, progress, seed,
+        stream=stream, done=done, states=states, chunks=True,
+    )  # fmt: skip
+
+
+def _resume(kept: KeptStatistics, tap: ResidualTap | None, states: WalkStates) -> None:
+    """Find out where a calibration goes on."""
+    model = states.model
+    points = [] if tap is None else kept.points()
+
+    def has(index: int) -> bool:
+        last = index == len(model.layers) - 1
+        whole = tap is None or len(points) > index + last  # of the last one, what it hands on too
+        return whole and (index not in model.sites or kept.has(index))
+
+    states.resume(has, STAGE)
+    if tap is not None:
+        tap.points += points[: states.reached + 1 + states.finished]
+
+
+def identify(model: LayeredModel, domains: Sequence[data.Domain], seed: int) -> dict[str, Any]:
+    """What decides every number of a walk, for ``work_folder``."""
+    return {
+        "model": model.checkpoint.fingerprint,
+        "text": data.describe(domains)["hash"],
+        "length": data.describe(domains)["length"],
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "versions": versions(),
+    }
 
 
 def observe(
@@ -83,24 +154,30 @@ def observe(
     progress: Progress = silent,
     seed: int = 0,
     opened: Callable[[Walk], None] = lambda walk: None,
-    residual: Callable[[Residual], None] | None = None,
+    stream: Callable[[Sequence[object]], None] | None = None,
+    done: Callable[[int], None] = lambda index: None,
+    states: WalkStates | None = None,
     chunks: bool = False,
 ) -> None:
     """Walk ``model`` over ``domains`` and show ``visit`` every MoE layer with its statistics.
 
     If ``visit`` returns True it has changed the layer's weights, and the layers behind it see that.
     ``opened`` gets the walk before it starts: ``visit`` can let it run the layer again.
-    ``residual`` gets the angles of the residual stream, which are collected for it.
+    ``stream`` is as in ``Walk.layers``; ``done`` is told every layer that is done. With ``states``
+    the walk begins at their start, and they keep what layers make of the text, after ``done``.
     ``chunks`` is as in ``Walk``: for visits that look at statistics alone.
     """
 
-    def tell(done: int, total: int) -> None:
-        progress("walking", done, total)
+    def tell(steps: int, total: int) -> None:
+        progress("walking", steps, total)
 
+    def finished(index: int, outputs: Sequence[object]) -> None:
+        done(index)
+        if states is not None and index + 1 < len(model.layers):
+            states.save(index, outputs)
+
+    start = None if states is None else states.start
     batches = data.batches(domains, seed)
-    tap = None if residual is None else ResidualTap(batches)
-    with Walk(model, batches, compute.workers, tell, needs, chunks) as walk:
+    with Walk(model, batches, compute.workers, tell, start, needs, chunks) as walk:
         opened(walk)
-        walk.layers(needs, visit, None if tap is None else tap.note)
-    if residual is not None and tap is not None:
-        residual(tap.result())
+        walk.layers(needs, visit, stream, finished)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from moeprune.core.budget import Budget, next_multiple
@@ -14,13 +15,17 @@ from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import MoepruneError
 from moeprune.models import data
 from moeprune.models.block import LoadedBlock
+from moeprune.models.kept_statistics import KeptStatistics
 from moeprune.models.loading import LayeredModel
 from moeprune.models.memory_edits import edit_in_memory
 from moeprune.models.sites import MoESite
 from moeprune.models.walk import Walk
+from moeprune.models.walk_state import WalkStates
 from moeprune.pipeline.calibration import observe
 from moeprune.pipeline.inputs import Compute, Progress, Text, read_calibration
+from moeprune.pipeline.kept_plan import KeptLayers
 from moeprune.pipeline.views import Views
+from moeprune.work import WorkFolder
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Decider:
         compute, progress: as in the stages.
         uniform: make every layer keep the same number.
         facts: of what was read; a sequential method's are known once it has walked.
+        folder: where what was decided is kept; None keeps nothing.
     """
 
     method: Method
@@ -47,31 +53,58 @@ class Decider:
     progress: Progress
     uniform: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
+    folder: WorkFolder | None = None
+
+    @cached_property
+    def domains(self) -> list[data.Domain]:
+        """What a sequential method walks over."""
+        if self.text is None:
+            raise MoepruneError(
+                f"{self.method.name} edits each layer before it observes the next, so it walks the "
+                "model",
+                f"give calibration text (--data), or -o {self.method.unedited} with --statistics",
+            )
+        return read_calibration(self.model.checkpoint, self.text)
 
     def layers(self, budget: Budget, warn: Callable[[str], None]) -> dict[int, LayerPlan]:
         """What happens to each layer at that budget."""
         context = replace(self.context, budget=budget, warn=warn)
         if self.method.sequential:
             return self._sequentially(context)
-        layers = self.method.plan_model(self.views, context)
+        if self.folder is None or type(self.method).plan_model is not Method.plan_model:
+            layers = self.method.plan_model(self.views, context)
+        else:
+            layers = self._one_by_one(context)
         return _equalised(self.method, layers, self.views, context) if self.uniform else layers
 
-    def _sequentially(self, context: Context) -> dict[int, LayerPlan]:
-        method, model = self.method, self.model
-        if self.text is None:
-            raise MoepruneError(
-                f"{method.name} edits each layer before it observes the next, so it walks the "
-                "model",
-                f"give calibration text (--data), or -o {method.unedited} with --statistics",
-            )
-        domains = read_calibration(model.checkpoint, self.text)
+    def _one_by_one(self, context: Context) -> dict[int, LayerPlan]:
+        """``Method.plan_model``, each layer kept when it is decided."""
+        kept = KeptLayers(self.folder, self.model, context.budget)
         layers: dict[int, LayerPlan] = {}
-        walks: list[Walk] = []
-        dense: dict[int, LayerStatistics] = {}
+        found = 0
+        for number, index in enumerate(sorted(self.model.sites)):
+            layer = kept.load(index, context.warn)
+            found += layer is not None
+            if layer is None:
+                said: list[str] = []
+                layer = self.method.plan_layer(
+                    self.views.at(index), replace(context, warn=said.append)
+                )
+                kept.save_when_due(layer, said)
+                for text in said:
+                    context.warn(text)
+            layers[index] = layer
+            self.views.told(number + 1)
+        if 0 < found < len(layers) and self.folder is not None:
+            self.folder.note(f"{found} of {len(layers)} layers had been planned before")
+        return layers
 
-        def keep(site: MoESite, statistics: LayerStatistics) -> bool:
-            dense[site.shape.layer] = statistics
-            return False
+    def _sequentially(self, context: Context) -> dict[int, LayerPlan]:
+        method, model, domains = self.method, self.model, self.domains
+        kept = KeptLayers(self.folder, model, context.budget)
+        states, layers, said = kept.resume()
+        walks: list[Walk] = []
+        dense: Mapping[int, LayerStatistics] = {}
 
         def visit(site: MoESite, statistics: LayerStatistics) -> bool:
             block = LoadedBlock(model, site)  # the walk has the layer in memory
@@ -81,20 +114,55 @@ class Decider:
                 again=lambda needs, limit: walks[0].observe_parts(site, needs, limit),
                 dense=dense.get(site.shape.layer),
             )
-            layer = method.plan_layer(view, context)
+            warnings: list[str] = []
+            layer = method.plan_layer(view, replace(context, warn=warnings.append))
             layers[site.shape.layer] = layer
+            kept.save(layer, warnings)
+            said.extend(warnings)
             edit_in_memory(model, site, layer)
             return True
 
-        if method.compares:
-            observe(model, domains, self.compute, method.compares, keep, self.progress)
-        observe(
-            model, domains, self.compute, method.observes, visit, self.progress,
-            opened=walks.append,
-        )  # fmt: skip
+        if states is None or not states.finished:
+            if method.compares:
+                dense = self._unedited()
+            observe(
+                model, domains, self.compute, method.observes, visit, self.progress,
+                opened=walks.append, states=states,
+            )  # fmt: skip
+        for text in said:
+            context.warn(text)
+        assert self.text is not None  # or there were no domains
         described = {**data.describe(domains), "seed": self.text.seed}
         self.facts = {"data": described, "dtype": str(model.dtype).removeprefix("torch.")}
         return layers
+
+    def _unedited(self) -> Mapping[int, LayerStatistics]:
+        """What a sequential method wants to know of the model as it was."""
+        model, found = self.model, dict[int, LayerStatistics]()
+        kept = states = None
+        if self.folder is not None:
+            kept = KeptStatistics(self.folder, "unedited")
+            states = WalkStates(self.folder, model, "unedited-walk")
+            has = kept.has
+            states.resume(lambda i: i not in model.sites or has(i), "the walk before planning")
+
+        def visit(site: MoESite, statistics: LayerStatistics) -> bool:
+            found[site.shape.layer] = statistics
+            if kept is not None:
+                kept.save(statistics)
+            return False
+
+        if states is None or not states.finished:
+            observe(
+                model, self.domains, self.compute, self.method.compares, visit, self.progress,
+                states=states,
+            )  # fmt: skip
+        for index, site in model.sites.items():
+            if kept is not None and index not in found:
+                found[index] = kept.load(site.shape)
+        if states is not None:
+            states.clear()
+        return found
 
 
 def _equalised(

@@ -24,6 +24,9 @@ Progress = Callable[[str, int, int], None]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+Note = Callable[[str], None]
+"""Told, in a line, what a person should know while it happens."""
+
 _POOL = 4
 """A dataset may have no end: sequences are drawn from the first so many times those wanted."""
 
@@ -32,8 +35,8 @@ def silent(what: str, done: int, total: int) -> None:
     """No progress."""
 
 
-def _no_word(text: str) -> None:
-    """Nobody is told."""
+def unheard(text: str) -> None:
+    """Nobody to tell."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Compute:
     trust_remote_code: bool = False
     memory: int | None = None
     memory_dir: Path | None = None
-    tell: Callable[[str], None] = field(default=_no_word, compare=False, repr=False)
+    tell: Callable[[str], None] = field(default=unheard, compare=False, repr=False)
     profile: Profile | None = field(default=None, compare=False, repr=False)
 
     @property

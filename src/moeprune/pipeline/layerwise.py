@@ -46,6 +46,10 @@ def recover_layers(
         MoepruneError: anything the user can mend; the output is there whole or not at all.
     """
     device = compute.usable_device()
+    if compute.memory is not None and processes > 1:
+        raise MoepruneError(
+            "--memory is the memory of one process", "leave out --memory or --processes"
+        )
     # the other processes wait for the one with the slowest layers
     state = PartialState(cpu=compute.device == "cpu", timeout=_LONGEST)
     _refuse_processes(made, processes, state.num_processes)
@@ -58,7 +62,8 @@ def recover_layers(
     device = state.device if compute.device == "cpu" else device
     train, held = split(run.domains, made.holdout)
     work = Work(student, master, made, folder, device, train, held)
-    healer = Healer(student, master, made, folder, device)  # refuses before anything is kept
+    # refuses before anything is kept
+    healer = Healer(student, master, made, folder, device, limits=compute.limits)
     if state.is_main_process:
         folder.begin(run.header)
     began = time.perf_counter()

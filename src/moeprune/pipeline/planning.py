@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,33 @@ from moeprune.core.method import Context, Method, make_method
 from moeprune.core.plan import LayerPlan, Plan
 from moeprune.core.residual import NAME as RESIDUAL
 from moeprune.core.targets import Target
-from moeprune.errors import MoepruneError
+from moeprune.errors import BudgetError, MoepruneError, PlanError
+from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_novices
 from moeprune.models.counts import kernel_warnings
 from moeprune.models.editing import Writing
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.plan_weights import WeightsFolder
-from moeprune.models.store import StatisticsStore, same_model, versions
+from moeprune.models.store import StatisticsStore, read_plan, same_model, versions, write_plan
 from moeprune.pipeline.asking import FixedExperts, accept, resolve
 from moeprune.pipeline.deciding import Decider
 from moeprune.pipeline.inputs import (
     Compute,
+    Note,
     Progress,
     Source,
     Text,
     describe_model,
     model_name,
     silent,
+    unheard,
 )
 from moeprune.pipeline.views import Views
+from moeprune.work import work_folder
 
 
-def plan(
+def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
     source: Source,
     method: str | Method,
     budget: Budget | Target,
@@ -49,6 +54,9 @@ def plan(
     constraints: Constraints = Constraints(),
     writing: Writing = Writing(),
     memo: dict[Any, Any] | None = None,
+    out: Source | None = None,
+    force: bool = False,
+    note: Note = unheard,
 ) -> Plan:
     """Decide what happens to every expert.
 
@@ -58,6 +66,9 @@ def plan(
     ``Target`` is met by the least removal whose checkpoint, written as ``writing`` says, fits.
     Calls that differ in budget and seed alone may share a ``memo``: what a method found for one
     budget it need not find again.
+
+    With ``out`` the plan is written there, replacing another one if ``force``; what is decided is
+    kept in ``<out>.plan`` until it is, and the same call goes on from it.
 
     Raises:
         MoepruneError: anything the user can mend.
@@ -87,6 +98,61 @@ def plan(
     )
     views = Views(model, layout, store, progress)
     decider = Decider(chosen, model, views, context, text, compute, progress, uniform)
+    with ExitStack() as stack:
+        if out is not None:
+            identity = _identity(decider, budget, store, fixed.to_json(constraints.protect_super))
+            told = {**identity, "writing": asdict(writing)}
+            decider.folder = stack.enter_context(work_folder(Path(out), "plan", told, force, note))
+        try:
+            result = _decided(
+                decider, budget, fixed, store, model_name(source), constraints.protect_super,
+                writing,
+            )  # fmt: skip
+        except (BudgetError, PlanError):
+            if (folder := decider.folder) is not None:
+                for name in folder.names():  # the same question would fail again
+                    folder.remove(name)
+            raise
+        if out is not None:
+            write_plan(result, out, force)
+            if any(layer.stored is not None for layer in result.layers.values()):
+                return read_plan(out)  # matrices that were kept go with their folder
+    return result
+
+
+def _identity(
+    decider: Decider, budget: Budget | Target, store: StatisticsStore | None, fixed: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides a plan, for ``work_folder``."""
+    method, model = decider.method, decider.model
+    read = data.describe(decider.domains)["hash"] if method.sequential else None
+    return {
+        "model": model.checkpoint.fingerprint,
+        "method": method.name,
+        "options": method.options(),
+        "budget": budget.to_json() if isinstance(budget, Budget) else asdict(budget),
+        "constraints": fixed,
+        "uniform": decider.uniform,
+        "statistics": None if store is None else store.summary["sha256"],
+        "text": read,
+        "seed": decider.context.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "versions": versions(),
+    }
+
+
+def _decided(
+    decider: Decider,
+    budget: Budget | Target,
+    fixed: FixedExperts,
+    store: StatisticsStore | None,
+    name: str,
+    protect_super: bool,
+    writing: Writing,
+) -> Plan:
+    chosen, model = decider.method, decider.model
+    layout = expert_layout(model)
     asked_for: dict[str, Any] = {}
     if isinstance(budget, Target):
         budget, asked_for = resolve(
@@ -96,7 +162,7 @@ def plan(
     layers = fixed.heeded(decider.layers(budget, warnings.append), chosen.name)
     check_novices(model, layers)
     warnings += [*kernel_warnings(model, layers), *_table_warnings(layout, layers)]
-    context = replace(context, budget=budget, warn=warnings.append)
+    context = replace(decider.context, budget=budget, warn=warnings.append)
     dropped = _dropped_layers(chosen, store, context)
     result = Plan(
         layers=layers,
@@ -104,18 +170,18 @@ def plan(
         options=chosen.options(),
         budget={
             **budget.to_json(),
-            **({"uniform": True} if uniform else {}),
+            **({"uniform": True} if decider.uniform else {}),
             **asked_for,
-            **fixed.to_json(constraints.protect_super),
+            **fixed.to_json(protect_super),
         },
-        model=describe_model(model, model_name(source)),
+        model=describe_model(model, name),
         statistics=decider.facts if store is None else store.summary,
-        seed=seed,
+        seed=context.seed,
         warnings=tuple(dict.fromkeys(warnings)),  # a layer may be planned more than once
         versions=versions(),
         drop_layers=dropped,
     )
-    result.check(shapes)
+    result.check({index: site.shape for index, site in model.sites.items()})
     return result
 
 

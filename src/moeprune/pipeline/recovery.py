@@ -66,6 +66,10 @@ def recover(
         return recover_layers(
             source, teacher, out, made, text, compute, resume, force, listen, progress, processes
         )
+    if compute.memory is not None:
+        raise MoepruneError(
+            "--memory is for training layer by layer", "add --layerwise, or leave it out"
+        )
     if processes != 1:
         raise MoepruneError(
             "--processes is for training layer by layer",

@@ -40,11 +40,21 @@ class Views:
             router=lambda: read_router(self._model.checkpoint, self._layout, site.shape.layer),
         )
 
+    def at(self, index: int) -> LayerView:
+        """One layer with the statistics that there are."""
+        site = self._model.sites[index]
+        statistics = None if self._store is None else self._store.layer(index)
+        if statistics is not None and statistics.shape != site.shape:
+            raise DataError(f"the statistics of layer {index} are of another shape of layer")
+        return self.view(site, statistics)
+
+    def told(self, number: int) -> None:
+        """Tell the progress that so many layers are done; after the last one there is none left."""
+        self._progress("planning", number, len(self._model.sites))
+        if number == len(self._model.sites):
+            self._loader.close()
+
     def __iter__(self) -> Iterator[LayerView]:
-        for number, (index, site) in enumerate(sorted(self._model.sites.items())):
-            statistics = None if self._store is None else self._store.layer(index)
-            if statistics is not None and statistics.shape != site.shape:
-                raise DataError(f"the statistics of layer {index} are of another shape of layer")
-            yield self.view(site, statistics)
-            self._progress("planning", number + 1, len(self._model.sites))
-        self._loader.close()
+        for number, index in enumerate(sorted(self._model.sites)):
+            yield self.at(index)
+            self.told(number + 1)

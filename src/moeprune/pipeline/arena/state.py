@@ -7,8 +7,6 @@ refused if anything that decides numbers has changed.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeprune.errors import MoepruneError, OutputError
+from moeprune.errors import OutputError
 from moeprune.files import (
     is_partial,
     json_bytes,
     load_json,
+    locked,
     refuse_existing,
     remove_partial,
     write_together,
@@ -88,8 +87,7 @@ def open_run(out: Path, identity: Mapping[str, Any], force: bool = False) -> Ite
         _read(file, identity)  # before a lock is left in what is not ours
     elif not out.is_dir() or _foreign(out):
         raise OutputError(f"output exists, and is no comparison: {out}", "choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with locked(out):
         if force:
             _clear(out)
         found = _read(file, identity) if file.is_file() else Run(out, dict(identity))
@@ -141,18 +139,3 @@ def refuse_difference(out: Path, before: Mapping[str, Any], now: Mapping[str, An
                 f"{out} was made with other inputs: {name} was {before[name]}, now {now[name]}",
                 _OTHER,
             )
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the directory: two processes in it would spoil each other's cells."""
-    handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise MoepruneError(f"another process is comparing in {out}", "wait for it") from error
-        yield
-    finally:
-        os.close(handle)
-        (out / ".lock").unlink(missing_ok=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from moeprune.errors import UnsupportedModelError
 from moeprune.models import data
+from moeprune.models.bounds import Limits, outside_bytes
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.sites import MoESite
@@ -39,6 +41,7 @@ class Healer:
         folder: where layers that are done are kept.
         device: where to compute.
         tell: told how it goes.
+        limits: what its walks are held to.
 
     Attributes:
         layers: those that have something to train, ascending.
@@ -55,6 +58,7 @@ class Healer:
         folder: LayerFolder,
         device: torch.device,
         tell: Tell = lambda layer, step, loss, held: None,
+        limits: Limits = Limits(),
     ) -> None:
         self.made, self.folder, self.device, self.tell = made, folder, device, tell
         self.original = student
@@ -63,6 +67,7 @@ class Healer:
             self.overlay.put(folder.tensors(layer))
         self.student = LayeredModel(self.overlay, torch.float32, device)
         self.teacher = LayeredModel(teacher, torch.float32, device)
+        self._limits = limits
         self.parameters = parameters_of(self.student.model)
         names = choose(self.student.model, self.parameters, made.train)
         self.names = {
@@ -103,12 +108,34 @@ class Healer:
         self._split = sum(domain.ids_NL.numel() for domain in train)
         self._rows = self.made.batch * int(batches[0].ids_BL.shape[1])
         self._threads = torch.get_num_threads()
+        self._limit(kind)
         if self.made.target == "dense-inputs":
             # the same bits whatever the number of processes and of their cores
             self._threads = 1
             self._walk_teacher(batches, wanted)
         else:
             self._walk_student(batches, wanted)
+
+    def _limit(self, kind: torch.dtype) -> None:
+        """Tell the walks what is held beside them.
+
+        Rows of a block, its layer in training (weights, gradients, two moments and the best so
+        far), the teacher's layer and, where both models walk, what the teacher's walk holds.
+        """
+        if self._limits.memory is None:
+            return
+        sizes = [
+            sum(p.numel() * p.element_size() for p in model.layers[site.layer].parameters())
+            for model in (self.student, self.teacher)
+            for site in model.sites.values()
+        ]
+        width = max(site.shape.hidden for site in self.teacher.sites.values())
+        rows = self._tap.rows * 3 * width * kind.itemsize
+        beside = 6 * max(sizes) + rows
+        self.teacher.limits = replace(self._limits, beside=beside)
+        if self.made.target == "dense-outputs":
+            beside += outside_bytes(self.teacher) + 3 * max(sizes)
+        self.student.limits = replace(self._limits, beside=beside)
 
     def _walk_teacher(self, batches: Sequence[Batch], wanted: Sequence[int]) -> None:
         """Layers that learn from the teacher's own inputs; the student is not run."""

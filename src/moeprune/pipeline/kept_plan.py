@@ -1,0 +1,107 @@
+"""Plans that are being made, in a work folder: what was decided about each layer stands there.
+
+A layer is kept as a plan of its own (``models.store.write_plan``): JSON, and vectors and matrices
+where it has any.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moeprune.core.budget import Budget
+from moeprune.core.plan import LayerPlan, Plan
+from moeprune.files import json_bytes, sha256_bytes
+from moeprune.models.loading import LayeredModel
+from moeprune.models.store import read_plan, write_plan
+from moeprune.models.walk_state import Pace, WalkStates
+from moeprune.work import WorkFolder
+
+Warn = Callable[[str], None]
+
+
+@dataclass
+class KeptLayers:
+    """What was decided with one budget.
+
+    Attributes:
+        folder: where; None keeps nothing.
+        model: that is decided about.
+        budget: a plan for a size tries several.
+    """
+
+    folder: WorkFolder | None
+    model: LayeredModel
+    budget: Budget
+    _waiting: list[tuple[LayerPlan, tuple[str, ...]]] = field(default_factory=list)
+    _pace: Pace = field(default_factory=Pace)
+
+    @property
+    def name(self) -> str:
+        """Of the folder within ``folder``."""
+        return f"layers-{sha256_bytes(json_bytes(self.budget.to_json()))[:12]}"
+
+    def save(self, layer: LayerPlan, warnings: list[str]) -> None:
+        """Keep a decision, and what it made the method say, now."""
+        if self.folder is None:
+            return
+        plan = Plan({layer.layer: layer}, "", {}, {}, {}, {}, 0, tuple(warnings))
+        where = self.folder.path
+        with tempfile.TemporaryDirectory(prefix=".plan.", suffix=".partial", dir=where) as part:
+            write_plan(plan, Path(part) / _file(layer.layer))
+            files = sorted(p for p in Path(part).rglob("*") if p.is_file())
+            # the plan itself last: where it stands, all that it needs does
+            for file in sorted(files, key=lambda p: p.suffix == ".json"):
+                name = f"{self.name}/{file.relative_to(part)}"
+                (where / name).parent.mkdir(parents=True, exist_ok=True)
+                self.folder.keep(name, file)
+
+    def save_when_due(self, layer: LayerPlan, warnings: list[str]) -> None:
+        """As ``save``, but decisions that take no time wait until there are several."""
+        self._waiting.append((layer, tuple(warnings)))
+        if self._pace.due():
+            began = self._pace.now()
+            for one, said in self._waiting:
+                self.save(one, list(said))
+            self._waiting.clear()
+            self._pace.written(began)
+
+    def load(self, index: int, warn: Warn) -> LayerPlan | None:
+        """What was decided about a layer; ``warn`` hears again what it made the method say."""
+        if self.folder is None:
+            return None
+        stem = f"{self.name}/{_file(index).removesuffix('.json')}"
+        file = self.folder.find(f"{stem}.json")
+        needed = [n for n in self.folder.names() if n.startswith((f"{stem}.s", f"{stem}.w"))]
+        if file is None or None in map(self.folder.find, needed):
+            return None
+        plan = read_plan(file)
+        for text in plan.warnings:
+            warn(text)
+        return plan.layers[index]
+
+    def resume(self) -> tuple[WalkStates | None, dict[int, LayerPlan], list[str]]:
+        """How far a sequential method came: its walk, what it decided, and what it said."""
+        if self.folder is None:
+            return None, {}, []
+        found: dict[int, tuple[LayerPlan, list[str]]] = {}
+
+        def has(index: int) -> bool:
+            if index not in self.model.sites:
+                return True
+            said: list[str] = []
+            layer = self.load(index, said.append)
+            if layer is not None:
+                found[index] = (layer, said)
+            return layer is not None
+
+        states = WalkStates(self.folder, self.model, f"{self.name}/walk")
+        states.resume(has, "planning")
+        kept = {i: layer for i, (layer, _) in found.items() if i <= states.reached}
+        return states, kept, [text for i in kept for text in found[i][1]]
+
+
+def _file(layer: int) -> str:
+    return f"layer-{layer:05d}.json"

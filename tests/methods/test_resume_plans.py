@@ -1,0 +1,98 @@
+"""Plans that were interrupted and go on: the bytes of a run that was not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from methods.conftest import batch_of
+from methods.test_resume import COMPUTE, Tiny, behind_a_layer, in_pieces
+from moeprune.core.budget import Budget
+from moeprune.core.targets import Target
+from moeprune.errors import BudgetError
+from moeprune.models import walk_state
+from moeprune.pipeline import stages
+from support import tree
+
+HALF = Budget(ratio=0.5)
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(walk_state, "_SHARE", 1e9)
+    with batch_of(monkeypatch, 12 * 32):
+        yield
+
+
+def planning(
+    source: Path, method: str, out: Path, text: stages.Text, budget: Any = HALF, **options: Any
+) -> Callable[..., Any]:
+    def run(progress: Any = lambda *step: None, note: Any = print) -> Any:
+        return stages.plan(
+            source, method, budget, None, text, options, COMPUTE, 0, progress, out=out, note=note
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("method", "model_type", "options"),
+    [
+        ("ream", "mixtral", {}),
+        ("naee", "olmoe", {"mode": "progressive"}),
+        ("sparsegpt", "deepseek_v3", {}),
+    ],
+)
+def test_a_method_that_edits_as_it_walks_goes_on(
+    method: str,
+    model_type: str,
+    options: dict[str, Any],
+    tiny: Tiny,
+    text: stages.Text,
+    tmp_path: Path,
+) -> None:
+    for name in ("whole", "pieces"):
+        (tmp_path / name).mkdir()
+    planning(tiny(model_type), method, tmp_path / "whole" / "p.json", text, **options)()
+    run = planning(tiny(model_type), method, tmp_path / "pieces" / "p.json", text, **options)
+    notes = in_pieces(run, behind_a_layer)
+    assert tree(tmp_path / "pieces") == tree(tmp_path / "whole")
+    assert [n for n in notes if n.startswith("going on after 3 of 4 layers (planning")]
+
+
+def behind_a_decision() -> Callable[[str, int, int], None]:
+    """Progress that interrupts a run behind the first layer that it computes something for."""
+    computed: list[str] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith("layer"):
+            computed.append(what)
+        elif computed:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_long_search_goes_on_layer_by_layer(
+    tiny: Tiny, tmp_path: Path, text: stages.Text
+) -> None:
+    """A target is met by several plans; layers that were decided are not decided again."""
+    for name in ("whole", "pieces"):
+        (tmp_path / name).mkdir()
+    target = Target(bytes=260_000)
+    planning(tiny("olmoe"), "moeits", tmp_path / "whole" / "p.json", text, target)()
+    run = planning(tiny("olmoe"), "moeits", tmp_path / "pieces" / "p.json", text, target)
+    notes = in_pieces(run, behind_a_decision)
+    assert tree(tmp_path / "pieces") == tree(tmp_path / "whole")
+    assert "3 of 4 layers had been planned before" in notes
+
+
+def test_a_budget_that_cannot_be_met_leaves_nothing(
+    tiny: Tiny, tmp_path: Path, text: stages.Text
+) -> None:
+    with pytest.raises(BudgetError, match="cannot be reached"):
+        planning(tiny("olmoe"), "random", tmp_path / "p.json", text, Target(bytes=1000))()
+    assert not tree(tmp_path)
