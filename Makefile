@@ -7,7 +7,7 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-vllm lint bench figures compare clean
+.PHONY: demo test test-vllm lint bench survive figures compare clean
 
 demo: $(STAMP)
 	$(BIN)/moeprune demo --out demo-out --force
@@ -32,6 +32,11 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/methods_speed.py --layer
+
+# kill -9 at fifty random moments, and a hundred plans carried out in one process: docs/survive.md.
+survive: $(STAMP)
+	$(BIN)/python benchmarks/kill_test.py
+	$(BIN)/python benchmarks/soak.py
 
 # Regenerates every committed figure and table.
 figures: $(STAMP)

@@ -8,6 +8,7 @@ or a disk changed, is made again and never used.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -37,6 +38,7 @@ STAGES = ("calibration", "plan", "writing", "evaluation")
 RUN, SUMS, OUTPUT, _PUBLISHING = "run.json", "sums", "output", "publishing"
 _MOST = 1 << 24
 _SHOWN = 3
+_LOG = logging.getLogger(__name__)
 
 
 class WorkFolder:
@@ -48,9 +50,7 @@ class WorkFolder:
         note: told, in a line, what was found damaged.
     """
 
-    def __init__(
-        self, path: Path, out: Path, note: Callable[[str], None] = lambda text: None
-    ) -> None:
+    def __init__(self, path: Path, out: Path, note: Callable[[str], None] = _LOG.warning) -> None:
         self.path, self.out, self.note = path, out, note
 
     @property
@@ -62,6 +62,15 @@ class WorkFolder:
     def published(self) -> bool:
         """Whether the run was cut after its output had appeared, so that nothing is to be done."""
         return (self.path / _PUBLISHING).exists() and not self.output.exists() and self.out.is_dir()
+
+    def clean_output(self) -> Path:
+        """Make ``output`` a directory with kept files and nothing else; returns it."""
+        self.output.mkdir(exist_ok=True)
+        kept = {self.path / name for name in self.names()}
+        for entry in self.output.rglob("*"):
+            if entry not in kept and not entry.is_dir():
+                entry.unlink()
+        return self.output
 
     def publish(self, force: bool = False) -> None:
         """Make ``output`` the output of the run; see ``move_into_place``."""
@@ -184,7 +193,7 @@ def work_folder(
     stage: str,
     identity: Mapping[str, Any],
     force: bool = False,
-    note: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = _LOG.warning,
 ) -> Iterator[WorkFolder]:
     """The directory ``<out>.<stage>``: a new one, or the one in which such a run was interrupted.
 

@@ -18,7 +18,7 @@ from moeprune.core.shapes import LayerShape
 from moeprune.models.checkpoint import INDEX, Checkpoint
 from moeprune.models.editing import Writing
 from moeprune.models.loading import LayeredModel
-from moeprune.models.surgery import apply_plan
+from moeprune.models.surgery import CHECKSUMS, PROVENANCE, apply_plan
 from support import generator, plan_for, some_experts, without
 
 Base = Callable[[str], Path]
@@ -66,6 +66,8 @@ def edit_tensors(change: Callable[[Tensors], object]) -> Callable[[Path], None]:
             (directory / name).unlink()
             if shard:
                 save_file(shard, directory / name, metadata={"format": "pt"})
+        if (directory / PROVENANCE).is_file():  # the change is meant, not a bit that fell over
+            edit_json(directory / PROVENANCE, lambda data: data.pop(CHECKSUMS, None))
         if (directory / INDEX).is_file():
             index = {
                 "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},

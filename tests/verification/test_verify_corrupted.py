@@ -130,6 +130,14 @@ def plan_changed(directory: Path) -> None:
     edit_json(directory / "moeprune_plan.json", lambda data: data.update(seed=1))
 
 
+def one_bit(directory: Path) -> None:
+    """One bit of one kept weight: a number like any other."""
+    file = shard(directory)
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+
+
 def plan_of_others(directory: Path) -> None:
     """Another plan whose hash is right: only its counts tell."""
 
@@ -462,6 +470,7 @@ DAMAGES = (
     ),
     # --- provenance
     Damage("another plan", "mixtral/deleted", "provenance", plan_changed, "moeprune_plan.json"),
+    Damage("a flipped bit", "mixtral/deleted", "checksums", one_bit, "model"),
     Damage(
         "no plan", "mixtral/deleted", "provenance", without_file("moeprune_plan.json"),
         "moeprune_plan.json",

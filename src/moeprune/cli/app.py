@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +37,7 @@ app = typer.Typer(
 )
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # typer exports no name for it
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143
 
 for command in (
     inspect,
@@ -73,10 +77,31 @@ def root(
     """Options before the command."""
 
 
+@contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """SIGTERM ends the block as Ctrl-C does; a second one ends the process at once.
+
+    Gives the signals that came.
+    """
+    came: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main() -> None:
     """Entry point: errors that the user can mend are one or two lines and exit code 2."""
     try:
-        code = app(prog_name="moeprune", standalone_mode=False)
+        with _terminable() as came:
+            code = app(prog_name="moeprune", standalone_mode=False)
     except _UsageError as error:
         if problem := error.format_message():  # empty: no command was given, and help was shown
             context = error.ctx
@@ -91,4 +116,5 @@ def main() -> None:
         sys.exit(2)
     if code == _INTERRUPTED:
         output.note("interrupted; what was not finished was not kept")
+        code = _TERMINATED if came else code
     sys.exit(code or 0)

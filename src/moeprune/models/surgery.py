@@ -5,15 +5,17 @@ Everything is validated before the first byte is written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moeprune.core.plan import Plan
 from moeprune.errors import UnsupportedModelError
-from moeprune.files import json_bytes, load_json, new_directory, sha256_bytes
+from moeprune.files import json_bytes, load_json, new_directory, refuse_existing, sha256_bytes
 from moeprune.models.attached import (
     check_equal_counts,
     find_attached,
@@ -35,12 +37,18 @@ from moeprune.models.generated import (
 from moeprune.models.layout import expert_layout
 from moeprune.models.loading import LayeredModel
 from moeprune.models.repeat import repeat_command
+from moeprune.models.store import versions
 from moeprune.models.width import new_width
-from moeprune.models.writer import Piece, write_shards
+from moeprune.models.writer import KeptShards, Piece, Shards, raw, write_shards
+from moeprune.work import work_folder
 
 PROVENANCE = "moeprune.json"
 PLAN_COPY = "moeprune_plan.json"
 PROVENANCE_FORMAT = "moeprune.checkpoint/1"
+CHECKSUMS = "sha256"
+"""Where moeprune.json names the SHA-256 of every file of weights."""
+WRITING = "writing"
+"""The stage whose work folder keeps shards (see ``moeprune.work``)."""
 _MAX_PROVENANCE = 1 << 24
 
 
@@ -51,6 +59,7 @@ def apply_plan(
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     writing: Writing = Writing(),
+    resumable: bool = False,
 ) -> Sizes:
     """Write the checkpoint that ``plan`` describes to ``out``.
 
@@ -61,34 +70,73 @@ def apply_plan(
         force: whether an existing output may be replaced.
         progress: told bytes written and in all.
         writing: choices that no method makes.
+        resumable: whether shards that are whole stay in ``<out>.writing`` if the writing is cut,
+            from which the same call goes on, to the same bytes.
 
     Raises:
         PlanError: the plan is not for this model, or asks for what its router cannot do.
         UnsupportedModelError: experts of this family cannot be edited, or only with ``dequantize``.
-        OutputError: ``out`` exists, or could not be written; nothing is left behind.
+        OutputError: ``out`` exists, or could not be written, or another process writes it.
     """
     editor = _editor(LayeredModel(checkpoint), plan, writing)
+    if not resumable:
+        with new_directory(out, force) as work:
+            return _write(editor, Shards(work), plan, writing, progress)
+    identity = _identity(checkpoint, plan, writing)
+    with work_folder(out, WRITING, identity, force) as folder:
+        if folder.published:
+            return editor.sizes(_written(editor)[0])
+        refuse_existing(out, force)
+        folder.clean_output()
+        sizes = _write(editor, KeptShards(folder), plan, writing, progress)
+        folder.publish(force)
+    return sizes
+
+
+def _identity(checkpoint: Checkpoint, plan: Plan, writing: Writing) -> dict[str, Any]:
+    """All that decides a byte of the weights."""
+    vectors = hashlib.sha256()
+    for name, tensor in sorted(plan.vectors().items()):
+        vectors.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        vectors.update(raw(tensor))
+    return {
+        "model": checkpoint.fingerprint,
+        "plan": sha256_bytes(json_bytes(plan.to_json(None))),
+        "vectors": vectors.hexdigest(),
+        "writing": asdict(writing),
+        "versions": versions(),
+    }
+
+
+def _write(
+    editor: Editor,
+    place: Shards,
+    plan: Plan,
+    writing: Writing,
+    progress: Callable[[int, int], None],
+) -> Sizes:
+    """Write all files of the new checkpoint."""
+    checkpoint, work = editor.checkpoint, place.directory
     pieces, config = _written(editor)
     others = checkpoint.other_files()
-    with new_directory(out, force) as work:
-        write_shards(work, pieces, progress=progress)
-        # raw JSON, edited: vendors' own key names stay
-        (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        for file in others:
-            if file.name not in (PROVENANCE, PLAN_COPY, CARD, *CODE_FILES):
-                shutil.copyfile(file, work / file.name)
-        if editor.code is not None:
-            for name, text in editor.code.files.items():
-                (work / name).write_text(text, encoding="utf-8")
-        sizes = editor.sizes(pieces)
-        plan_json = plan.to_json(None)
-        plan_bytes = json_bytes(plan_json)
-        (work / PLAN_COPY).write_bytes(plan_bytes)
-        record = _provenance(checkpoint, plan, plan_bytes, sizes, editor.dequantized)
-        record["command"] = repeat_command(plan, writing)
-        record = _with_steps(checkpoint, record)
-        (work / PROVENANCE).write_bytes(json_bytes(record))
-        write_card(work, checkpoint, record, plan_json)
+    checksums = write_shards(place, pieces, progress=progress)
+    # raw JSON, edited: vendors' own key names stay
+    (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    for file in others:
+        if file.name not in (PROVENANCE, PLAN_COPY, CARD, *CODE_FILES):
+            shutil.copyfile(file, work / file.name)
+    if editor.code is not None:
+        for name, text in editor.code.files.items():
+            (work / name).write_text(text, encoding="utf-8")
+    sizes = editor.sizes(pieces)
+    plan_json = plan.to_json(None)
+    plan_bytes = json_bytes(plan_json)
+    (work / PLAN_COPY).write_bytes(plan_bytes)
+    record = _provenance(checkpoint, plan, plan_bytes, sizes, editor.dequantized)
+    record |= {"command": repeat_command(plan, writing), CHECKSUMS: checksums}
+    record = _with_steps(checkpoint, record)
+    (work / PROVENANCE).write_bytes(json_bytes(record))
+    write_card(work, checkpoint, record, plan_json)
     return sizes
 
 

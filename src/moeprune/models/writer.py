@@ -6,10 +6,12 @@ is known before its data, so memory is bounded by one piece and any dtype passes
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +21,16 @@ from torch import Tensor
 from moeprune.errors import CheckpointError
 from moeprune.files import json_bytes
 from moeprune.models.checkpoint import INDEX, TensorInfo
+from moeprune.work import OUTPUT, WorkFolder
 
 MAX_SHARD = 5_000_000_000
-_BLOCK = 1 << 24
+_BLOCK = 1 << 18
+"""Bytes read at once. For larger blocks the allocator asks the kernel for fresh pages every time,
+which costs three times as much as the reading."""
+_BATCH = 1 << 22
+_FLUSH = 1 << 26
 _ALIGN = 64
+_AGAIN = "download or copy the checkpoint again"
 _TORCH_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -101,14 +109,14 @@ def _filled(dtype: str, nbytes: int, value: float) -> bytes:
     kind = next(kind for kind, name in _TORCH_NAMES.items() if name == dtype)
     limits = torch.finfo(kind)
     one = torch.tensor([min(max(value, limits.min), limits.max)], dtype=kind)
-    return bytes(_raw(one)) * (nbytes // one.element_size())
+    return bytes(raw(one)) * (nbytes // one.element_size())
 
 
 def computed(piece: Piece, make: Callable[[], Tensor]) -> Piece:
     """A tensor of the name, dtype and shape of ``piece`` whose values are made when written."""
 
     def blocks() -> Iterator[bytes | memoryview]:
-        yield _raw(make())
+        yield raw(make())
 
     return replace(piece, blocks=blocks)
 
@@ -121,48 +129,103 @@ def produced(
 ) -> Piece:
     """A tensor that is made part by part, in order of its first axis, when it is written."""
     nbytes = math.prod(shape) * dtype.itemsize
-    return Piece(name, _TORCH_NAMES[dtype], shape, nbytes, lambda: map(_raw, parts()))
+    return Piece(name, _TORCH_NAMES[dtype], shape, nbytes, lambda: map(raw, parts()))
 
 
 def given(name: str, tensor: Tensor) -> Piece:
     """A tensor that is in memory already."""
     nbytes = tensor.numel() * tensor.element_size()
     dtype = _TORCH_NAMES[tensor.dtype]
-    return Piece(name, dtype, tuple(tensor.shape), nbytes, lambda: iter([_raw(tensor)]))
+    return Piece(name, dtype, tuple(tensor.shape), nbytes, lambda: iter([raw(tensor)]))
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # arrays are buffers
 
 
 def _read(file: Path, ranges: Iterable[tuple[int, int] | bytes]) -> Iterator[bytes | memoryview]:
-    with file.open("rb") as handle:
-        for source in ranges:
-            if isinstance(source, bytes):
-                yield source
-                continue
-            begin, end = source
-            handle.seek(begin)
-            left = end - begin
-            while left:
-                block = handle.read(min(left, _BLOCK))
-                if not block:
-                    raise CheckpointError(f"{file} became shorter while it was read")
-                left -= len(block)
-                yield block
+    try:
+        with file.open("rb", buffering=0) as handle:
+            for source in ranges:
+                if isinstance(source, bytes):
+                    yield source
+                    continue
+                begin, end = source
+                handle.seek(begin)
+                left = end - begin
+                while left:
+                    block = handle.read(min(left, _BLOCK))
+                    if not block:
+                        raise CheckpointError(f"{file} became shorter while it was read", _AGAIN)
+                    left -= len(block)
+                    yield block
+    except OSError as error:  # a reader's own: a writer's never gets here
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}", _AGAIN) from error
+
+
+class Shards:
+    """Where shards are written: a plain directory.
+
+    Args:
+        directory: the directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def kept(self, name: str) -> str | None:
+        """The SHA-256 of a shard that is there already, whole; None if it is to be written."""
+        return None
+
+    def write(self, name: str, pieces: Sequence[Piece], tell: Callable[[int], None]) -> str:
+        """Write a shard; returns its SHA-256."""
+        return write_file(self.directory / name, pieces, tell)
+
+
+class KeptShards(Shards):
+    """A directory of a work folder, in which shards that are whole stay after an interruption."""
+
+    def __init__(self, folder: WorkFolder) -> None:
+        super().__init__(folder.output)
+        self._folder = folder
+
+    def kept(self, name: str) -> str | None:
+        """As in ``Shards``."""
+        key = f"{OUTPUT}/{name}"
+        return None if self._folder.find(key) is None else self._folder.checksum(key)
+
+    def write(self, name: str, pieces: Sequence[Piece], tell: Callable[[int], None]) -> str:
+        """As in ``Shards``."""
+        key = f"{OUTPUT}/{name}"
+        part = self._folder.temporary(key)
+        try:
+            checksum = write_file(part, pieces, tell)
+            self._folder.keep(key, part, checksum)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        return checksum
 
 
 def write_shards(
-    directory: Path,
+    place: Path | Shards,
     pieces: Sequence[Piece],
     max_shard: int = MAX_SHARD,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+) -> dict[str, str]:
     """Write ``pieces`` in order as one file, or as shards of at most ``max_shard`` bytes.
 
     A tensor larger than ``max_shard`` gets a shard of its own. ``progress`` is told bytes.
+
+    Returns:
+        The SHA-256 of every file of weights, by name.
+
+    Raises:
+        CheckpointError: a file that pieces are copied from became shorter, or cannot be read.
     """
+    place = Shards(place) if isinstance(place, Path) else place
     shards: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
@@ -174,26 +237,91 @@ def write_shards(
     total = sum(piece.nbytes for piece in pieces)
     done = 0
     weight_map: dict[str, str] = {}
+    checksums: dict[str, str] = {}
+
+    def tell(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for block in _write_shard(directory / name, shard):
-            done += block
-            progress(done, total)
+        kept = place.kept(name)
+        if kept is not None:
+            tell(sum(piece.nbytes for piece in shard))
+        checksums[name] = kept or place.write(name, shard, tell)
         weight_map.update({piece.name: name for piece in shard})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX).write_bytes(json_bytes(index))
+        (place.directory / INDEX).write_bytes(json_bytes(index))
+    return checksums
 
 
-def write_file(file: Path, pieces: Sequence[Piece]) -> None:
-    """Write ``pieces`` in order as one safetensors file; it is on the disk when this returns."""
-    for _ in _write_shard(file, pieces):
-        pass
+class _Summing:
+    """SHA-256 in a thread beside the writing; at most two batches of small blocks are held."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool, self._digest = pool, hashlib.sha256()
+        self._batch: list[bytes | memoryview] = []
+        self._size = 0
+        self._running: Future[None] | None = None
+
+    def add(self, block: bytes | memoryview) -> None:
+        self._batch.append(block)
+        self._size += len(block)
+        if self._size >= _BATCH:
+            self._send()
+
+    def settle(self, block: bytes | memoryview) -> None:
+        """After ``block`` was written: one that is a whole tensor is not held any longer."""
+        if len(block) >= _BATCH and self._running is not None:
+            self._running.result()
+
+    def result(self) -> str:
+        self._send()
+        assert self._running is not None
+        self._running.result()
+        return self._digest.hexdigest()
+
+    def _send(self) -> None:
+        if self._running is not None:
+            self._running.result()
+        self._running = self._pool.submit(self._update, self._batch)
+        self._batch, self._size = [], 0
+
+    def _update(self, batch: list[bytes | memoryview]) -> None:
+        for block in batch:
+            self._digest.update(block)
+        batch.clear()
 
 
-def _write_shard(file: Path, pieces: Sequence[Piece]) -> Iterator[int]:
+def write_file(
+    file: Path, pieces: Sequence[Piece], tell: Callable[[int], None] = lambda nbytes: None
+) -> str:
+    """Write one safetensors file; on the disk when this returns.
+
+    ``tell`` is told bytes of data. Returns the file's SHA-256.
+    """
+    with ThreadPoolExecutor(1) as pool, file.open("wb", buffering=0) as handle:
+        digest, begun = _Summing(pool), 0
+        for block in _content(pieces, tell):
+            digest.add(block)
+            view = memoryview(block)
+            while view:  # a raw write may end early
+                view = view[handle.write(view) :]
+            digest.settle(block)
+            if (position := handle.tell()) - begun >= _FLUSH:
+                # the disk begins to write now, not when memory is full of what it has to write
+                os.posix_fadvise(handle.fileno(), begun, position - begun, os.POSIX_FADV_DONTNEED)
+                begun = position
+        os.fsync(handle.fileno())
+        return digest.result()
+
+
+def _content(pieces: Sequence[Piece], tell: Callable[[int], None]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: the length of its header, the header, the data."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for piece in pieces:
@@ -205,15 +333,12 @@ def _write_shard(file: Path, pieces: Sequence[Piece]) -> Iterator[int]:
         position += piece.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGN)
-    with file.open("wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
-        for piece in pieces:
-            written = 0
-            for block in piece.blocks():
-                handle.write(block)
-                written += len(block)
-                yield len(block)
-            if written != piece.nbytes:
-                raise AssertionError(f"{piece.name}: {written} bytes instead of {piece.nbytes}")
-        handle.flush()
-        os.fsync(handle.fileno())
+    yield len(text).to_bytes(8, "little") + text
+    for piece in pieces:
+        written = 0
+        for block in piece.blocks():
+            yield block
+            written += len(block)
+            tell(len(block))
+        if written != piece.nbytes:
+            raise AssertionError(f"{piece.name}: {written} bytes instead of {piece.nbytes}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,11 @@ def recover_layers(
     listen: Listen,
     progress: Progress,
     processes: int,
+    holding: ExitStack,
 ) -> Recovered:
     """``pipeline.recovery.recover`` for a training with ``layerwise``; the arguments are its own.
+
+    ``holding`` is as of ``open_run``.
 
     Raises:
         MoepruneError: anything the user can mend; the output is there whole or not at all.
@@ -55,7 +59,7 @@ def recover_layers(
     _refuse_processes(made, processes, state.num_processes)
     folder = LayerFolder(out)
     run = open_run(
-        source, teacher, out, made, text, compute, folder, resume, force, state, progress
+        source, teacher, out, made, text, compute, folder, resume, force, state, progress, holding
     )
     student, master = run.student, run.master
     assert master is not None, "all that train layer by layer learn from a teacher"

@@ -63,9 +63,11 @@ def recover(
     made = training(chosen) if isinstance(chosen, str) else chosen
     out = Path(out)
     if made.layerwise:
-        return recover_layers(
-            source, teacher, out, made, text, compute, resume, force, listen, progress, processes
-        )
+        with ExitStack() as holding:
+            return recover_layers(
+                source, teacher, out, made, text, compute, resume, force, listen, progress,
+                processes, holding,
+            )  # fmt: skip
     if compute.memory is not None:
         raise MoepruneError(
             "--memory is for training layer by layer", "add --layerwise, or leave it out"
@@ -78,11 +80,12 @@ def recover(
     folder = StateFolder(out)
     device = compute.usable_device()
     accelerator = open_accelerator(compute.device == "cpu", made)
-    run = open_run(
-        source, teacher, out, made, text, compute, folder, resume, force, accelerator, progress
-    )
-    device = accelerator.device if compute.device == "cpu" else device
     with ExitStack() as stack:
+        run = open_run(
+            source, teacher, out, made, text, compute, folder, resume, force, accelerator, progress,
+            stack,
+        )  # fmt: skip
+        device = accelerator.device if compute.device == "cpu" else device
         session = Session(run.student, run.master, made, device, stack)
         done = session.train(run.domains, folder, run.header, resume, accelerator, listen)
         result = _result(session, out, done)

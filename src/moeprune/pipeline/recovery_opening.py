@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.quantised import Quantisation
 from moeprune.models.store import versions
-from moeprune.models.surgery import steps_of
+from moeprune.models.surgery import recoveries_of, steps_of
 from moeprune.pipeline.inputs import (
     Compute,
     Progress,
@@ -85,19 +86,25 @@ def open_run(
     force: bool,
     processes: Processes,
     progress: Progress,
+    holding: ExitStack,
 ) -> Opened:
     """Check all that can be checked before a model is loaded; an earlier run is forgotten then.
+
+    Until ``holding`` is closed no other run can work for the same output.
 
     Raises:
         MoepruneError: anything the user can mend.
     """
-    _refuse_output(out, folder, resume, force)
+    writes = processes.is_main_process
+    _refuse_output(out, folder, resume, force, writes)
     processes.wait_for_everyone()  # nobody writes what another one takes for a run that was cut
+    if writes:
+        holding.enter_context(folder.held())
     student = _student(source, out, compute)
     refuse_source(student, folder.path)
     record = provenance(student)
     master = _teacher(student, teacher, out, folder, made, compute)
-    kind, writes = replace(compute, dtype=made.dtype), processes.is_main_process
+    kind = replace(compute, dtype=made.dtype)
     text = with_samples(text, student, master, folder, kind, writes, progress)
     processes.wait_for_everyone()
     domains = read_calibration(student, text)
@@ -125,13 +132,31 @@ def open_run(
     return Opened(student, master, record, domains, header, told)
 
 
-def _refuse_output(out: Path, folder: StateFolder, resume: bool, force: bool) -> None:
+def _refuse_output(out: Path, folder: StateFolder, resume: bool, force: bool, main: bool) -> None:
+    if main and not force and out.exists() and folder.exists():
+        with folder.held():
+            if _finished(out, folder):  # killed between the output and this
+                folder.delete()
     refuse_existing(out, force)
     if folder.exists() and not (resume or force):
+        if main:
+            with folder.held():
+                pass  # another process that works there is no run that was cut
         raise OutputError(
             f"a run for {out} was cut after {folder.reached()}: {folder.path}",
             "go on with --resume, or begin again with --force",
         )
+
+
+def _finished(out: Path, folder: StateFolder) -> bool:
+    """Whether ``out`` is what the run in ``folder`` has made."""
+    saved, told = folder.numbers() or {}, recoveries_of(out)[-1:]
+    names = {"training": "options", "teacher": "teacher_fingerprint"}
+    return any(
+        all(saved.get(name) == one.get(key) for name, key in names.items())
+        and saved.get("data") == dict(one.get("data") or {}).get("hash")
+        for one in told
+    )
 
 
 def _refuse_other_run(folder: StateFolder, header: Mapping[str, Any]) -> None:

@@ -12,12 +12,11 @@ from moeprune.core.constraints import Constraints
 from moeprune.core.method import Method, make_method
 from moeprune.core.plan import Plan
 from moeprune.core.targets import Target
-from moeprune.files import refuse_existing
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Sizes, Writing
 from moeprune.models.store import read_plan
 from moeprune.models.store import write_plan as save_plan
-from moeprune.models.surgery import apply_plan
+from moeprune.models.surgery import WRITING, apply_plan
 from moeprune.pipeline.calibration import calibrate
 from moeprune.pipeline.evaluating import evaluate
 from moeprune.pipeline.inputs import (
@@ -32,6 +31,7 @@ from moeprune.pipeline.inspection import inspect
 from moeprune.pipeline.planning import plan
 from moeprune.pipeline.reporting import Witness
 from moeprune.pipeline.steps import Step, Steps
+from moeprune.work import refuse_finished
 
 __all__ = [
     "Compute",
@@ -61,6 +61,7 @@ def apply(
 ) -> Sizes:
     """Write the checkpoint that a plan describes.
 
+    If the writing is cut, ``<out>.writing`` keeps what is done, and the same call goes on from it.
     Of a quantised model every kept weight and scale keeps its bytes, unless ``writing`` says
     otherwise.
 
@@ -68,7 +69,7 @@ def apply(
         MoepruneError: the plan does not fit the model, or the output cannot be written.
     """
     out = Path(out)
-    refuse_existing(out, force)
+    refuse_finished(out, WRITING, force)
     checkpoint = Checkpoint.open(source, trust_remote_code)
     refuse_source(checkpoint, out)
     chosen = plan_or_path if isinstance(plan_or_path, Plan) else read_plan(Path(plan_or_path))
@@ -79,6 +80,7 @@ def apply(
         force,
         lambda done, total: progress("writing", done, total),
         writing,
+        resumable=True,
     )
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError, OutputError
-from moeprune.files import json_bytes, load_json, new_directory
+from moeprune.files import json_bytes, load_json, locked, new_directory
 
 FORMAT = "moeprune.recovery/1"
 _MOST = 1 << 26
@@ -41,6 +41,20 @@ class StateFolder:
     def exists(self) -> bool:
         """Whether a run has begun."""
         return self.path.is_dir()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Have the directory for this process; it goes if nothing is in it in the end.
+
+        Raises:
+            OutputError: another process has it.
+        """
+        try:
+            with locked(self.path):
+                yield
+        finally:
+            with suppress(OSError):
+                self.path.rmdir()
 
     def reached(self) -> str:
         """How far the run came, in words."""

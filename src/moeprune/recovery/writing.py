@@ -18,7 +18,7 @@ from moeprune.models.card import write_card
 from moeprune.models.card_metadata import CARD
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.scan import digest
-from moeprune.models.surgery import PLAN_COPY, PROVENANCE
+from moeprune.models.surgery import CHECKSUMS, PLAN_COPY, PROVENANCE
 from moeprune.models.writer import Piece, computed, copied, write_shards
 from moeprune.recovery.lora import Adapters
 
@@ -122,12 +122,12 @@ def write_recovered(
         OutputError: ``out`` exists, or could not be written.
     """
     with new_directory(out, force) as work:
-        write_shards(work, places.pieces(), progress=progress)
+        checksums = write_shards(work, places.pieces(), progress=progress)
         shutil.copyfile(places.checkpoint.path / "config.json", work / "config.json")
         for file in places.checkpoint.other_files():
             if file.name != CARD:
                 shutil.copyfile(file, work / file.name)
-        (work / PROVENANCE).write_bytes(json_bytes(dict(record)))
+        (work / PROVENANCE).write_bytes(json_bytes({**record, CHECKSUMS: checksums}))
         write_card(work, places.checkpoint, record, load_json(work / PLAN_COPY, _MAX_PLAN))
         if log is not None and log.is_file():
             shutil.copyfile(log, work / LOG_COPY)

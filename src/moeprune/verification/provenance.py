@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from moeprune.errors import PlanError
-from moeprune.files import sha256_bytes
-from moeprune.models.surgery import PLAN_COPY, PROVENANCE
+from moeprune.files import sha256_bytes, sha256_file
+from moeprune.models.surgery import CHECKSUMS, PLAN_COPY, PROVENANCE
 from moeprune.verification.edits import Edit, read_edits
 from moeprune.verification.finding import ERROR, WARNING, Finding, Found, Rule, Skip
 from moeprune.verification.shards import read_json
@@ -56,6 +57,28 @@ def record(subject: Subject) -> Found:
             problem = f"{key} is {sizes}, but {after} are stored"
             remedy = f"the weights were changed after they were written: {_AGAIN}"
             yield Finding("provenance", WARNING, PROVENANCE, None, problem, remedy)
+
+
+def checksums(subject: Subject) -> Found:
+    """The files of weights against the SHA-256 that they were written with."""
+    told = _record(subject).get(CHECKSUMS)
+    if not isinstance(told, dict):
+        raise Skip(f"{PROVENANCE} has no checksums of files")
+    if not subject.values:
+        raise Skip("values were not to be read")
+    for name in sorted({*told, *subject.shards.names}):
+        if not (subject.path / name).is_file() or Path(name).name != name:
+            continue  # rules about files say so
+        if name not in told:
+            problem = f"{PROVENANCE} does not know this file"
+        elif sha256_file(subject.path / name) != told[name]:
+            problem = "it was changed since it was written: its SHA-256 is another"
+        else:
+            continue
+        remedy = (
+            f"copy it again, or {_AGAIN}; if it was meant, remove {CHECKSUMS!r} from {PROVENANCE}"
+        )
+        yield Finding("checksums", ERROR, name, None, problem, remedy)
 
 
 def counts(subject: Subject) -> Found:
@@ -128,5 +151,8 @@ def _stored(subject: Subject, layer: int) -> int | None:
 
 RULES = (
     Rule("provenance", "moeprune.json names the plan and the sizes that are there", record),
+    Rule(
+        "checksums", "weights are, to the bit, as moeprune.json says they were written", checksums
+    ),
     Rule("plan-counts", "the plan keeps as many experts as are stored", counts),
 )
