@@ -2,10 +2,11 @@
 
     python benchmarks/apply_speed.py MODEL [--ratio 0.25] [--repeats 3] [--work DIR] [--json]
 
-A plan drops a quarter of the experts, drawn at random. Then, alternating: ``moeprune.apply`` in this
-process, and ``cp`` of what it wrote, with a sync of the copy; each with a cold cache (pages of the
-files that are read are dropped) and with a warm one (they are read beforehand). Goal: ``apply`` has 70 % of the throughput of ``cp``. Both figures are of the
-whole: opening, planning the bytes, checksums and the card are apply's.
+A plan drops a quarter of the experts, drawn at random. Then, alternating: ``moeprune.apply`` in
+this process, and ``cp`` of what it wrote, with a sync of the copy; each with a cold cache (pages of
+the files that are read are dropped) and with a warm one (they are read beforehand). Goal:
+``apply`` has 70 % of the throughput of ``cp``. Its seconds are of the whole: opening, planning the
+bytes, checksums and the card.
 """
 
 from __future__ import annotations
