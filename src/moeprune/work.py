@@ -34,7 +34,7 @@ from moeprune.files import (
 )
 
 FORMAT = "moeprune.work/1"
-STAGES = ("calibration", "plan", "writing", "evaluation")
+STAGES = ("calibration", "plan", "writing", "evaluation", "pruning")
 RUN, SUMS, OUTPUT, _PUBLISHING = "run.json", "sums", "output", "publishing"
 _MOST = 1 << 24
 _SHOWN = 3
@@ -194,6 +194,7 @@ def work_folder(
     identity: Mapping[str, Any],
     force: bool = False,
     note: Callable[[str], None] = _LOG.warning,
+    afresh: str = "start afresh with --force",
 ) -> Iterator[WorkFolder]:
     """The directory ``<out>.<stage>``: a new one, or the one in which such a run was interrupted.
 
@@ -206,6 +207,7 @@ def work_folder(
         identity: all that decides a byte of the output, by name: fingerprints, options, versions.
         force: whether a directory of another identity may be thrown away.
         note: told, in a line, what was found damaged, and what is kept after an error.
+        afresh: what else to do if it is of another identity, in words.
 
     Raises:
         OutputError: another process works in it, or it was made from other inputs; the message
@@ -223,7 +225,7 @@ def work_folder(
     folder = WorkFolder(path, out, note)
     try:
         with locked(path):
-            _enter(folder, stage, json.loads(json_bytes(dict(identity))), force)
+            _enter(folder, stage, json.loads(json_bytes(dict(identity))), force, afresh)
             with _told(folder), disk_errors(out):
                 yield folder
             shutil.rmtree(path, ignore_errors=True)
@@ -241,7 +243,9 @@ def _ours(path: Path) -> bool:
     )
 
 
-def _enter(folder: WorkFolder, stage: str, identity: dict[str, Any], force: bool) -> None:
+def _enter(
+    folder: WorkFolder, stage: str, identity: dict[str, Any], force: bool, afresh: str
+) -> None:
     """Take what is there if it is of the same inputs, or make it so."""
     file = folder.path / RUN
     if file.is_file():
@@ -252,7 +256,7 @@ def _enter(folder: WorkFolder, stage: str, identity: dict[str, Any], force: bool
             if not force:
                 raise OutputError(
                     f"{folder.path} was begun with other inputs: {differences}",
-                    "run it as it was begun, or start afresh with --force",
+                    f"run it as it was begun, or {afresh}",
                 )
         else:
             _drop_partial(folder.path)

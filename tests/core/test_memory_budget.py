@@ -23,8 +23,8 @@ SIZES = Sizes(
     ("budget", "expected"),
     [
         (4000, (20, True, 4, 8)),  # all there is room for
-        (2320, (7, True, 4, 8)),  # hidden states of some batches in a file
-        (2110, (0, True, 4, 8)),  # of all
+        (2320, (6, True, 4, 8)),  # hidden states of some batches in a file
+        (2115, (0, True, 4, 8)),  # of all
         (1500, (3, False, 4, 8)),  # the next layer is not read ahead; room again for some
         (1389, (2, False, 3, 8)),  # fewer batches at once
         (1321, (0, False, 3, 8)),

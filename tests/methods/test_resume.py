@@ -96,7 +96,7 @@ def test_calibration_goes_on_behind_every_layer(
     layers = 6 if model_type == "nemotron_h" else 4
     gone_on = [note for note in notes if note.startswith("going on after")]
     wanted = [f"going on after {n} of {layers} layers (calibration" for n in range(1, layers)]
-    assert [note.split(" interrupted")[0] for note in gone_on] == wanted
+    assert [note.split(" was interrupted")[0] for note in gone_on] == wanted
 
 
 def test_any_step_may_be_the_last(tiny: Tiny, text: stages.Text, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_long_search_goes_on_layer_by_layer(
     run = planning(tiny("olmoe"), "moeits", tmp_path / "pieces" / "p.json", text, target)
     notes = in_pieces(run, behind_a_decision)
     assert tree(tmp_path / "pieces") == tree(tmp_path / "whole")
-    assert "3 of 4 layers had been planned before" in notes
+    assert "3 of 4 layers were planned before" in notes
 
 
 def test_a_budget_that_cannot_be_met_leaves_nothing(
@@ -96,3 +96,42 @@ def test_a_budget_that_cannot_be_met_leaves_nothing(
     with pytest.raises(BudgetError, match="cannot be reached"):
         planning(tiny("olmoe"), "random", tmp_path / "p.json", text, Target(bytes=1000))()
     assert not tree(tmp_path)
+
+
+def test_pruning_goes_on_in_each_of_its_stages(
+    tiny: Tiny, text: stages.Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in its walk, before it plans and before it writes; what is done is not redone."""
+    source = tiny("olmoe")
+
+    def pruning(out: Path, progress: Any = lambda *step: None, ratio: float = 0.5) -> None:
+        budget = Budget(ratio=ratio)
+        stages.prune(source, "mone", budget, out, text, compute=COMPUTE, progress=progress)
+
+    (tmp_path / "whole").mkdir()
+    pruning(tmp_path / "whole" / "out")
+    out = tmp_path / "pieces" / "out"
+    seen: list[str] = []
+
+    def stop(what: str) -> Callable[[str, int, int], None]:
+        def progress(name: str, done: int, total: int) -> None:
+            seen.append(name)
+            if name == what and done > 2:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        pruning(out, stop("walking"))
+    with pytest.raises(KeyboardInterrupt):
+        pruning(out, stop("planning"))
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        pruning(out, stop("writing"))
+    assert "walking" not in seen and "planning" in seen
+    with pytest.raises(KeyboardInterrupt):
+        pruning(out, stop("planning"), ratio=0.25)  # other experts, the same statistics
+    seen.clear()
+    pruning(out, stop("nothing"))
+    assert not {"walking", "planning"} & {*seen}
+    assert tree(tmp_path / "pieces") == tree(tmp_path / "whole")

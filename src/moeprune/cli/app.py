@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from moeprune import __version__
-from moeprune.cli import output
+from moeprune.cli import output, together
 from moeprune.cli.audit import audit
 from moeprune.cli.compare import compare
 from moeprune.cli.demo import demo
@@ -70,11 +70,13 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Options before the command."""
+    together.begin(context.invoked_subcommand)
 
 
 @contextmanager
@@ -100,7 +102,7 @@ def _terminable() -> Iterator[list[int]]:
 def main() -> None:
     """Entry point: errors that the user can mend are one or two lines and exit code 2."""
     try:
-        with _terminable() as came:
+        with _terminable() as came, together.session():
             code = app(prog_name="moeprune", standalone_mode=False)
     except _UsageError as error:
         if problem := error.format_message():  # empty: no command was given, and help was shown

@@ -64,6 +64,15 @@ def compare(
     workers: Workers = 0,
     memory: Memory = None,
     memory_dir: MemoryDir = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Processes that share the cells, and the cores.")
+    ] = 1,
+    ray: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="The **--jobs** run on a Ray cluster: its address, **auto**, or **local**."
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
     force: Annotated[bool, typer.Option("--force", help="Start afresh.")] = False,
     as_json: AsJson = False,
@@ -75,6 +84,7 @@ def compare(
 
     Example: `moeprune compare demo --methods mone,moeits,mone:scope=global --ratios 0.5 --out run`
     """
+    from moeprune.pipeline.arena.lanes import Fan
     from moeprune.pipeline.arena.run import compare as run
     from moeprune.pipeline.inputs import Text
 
@@ -102,6 +112,7 @@ def compare(
             command=output.command_line(),
             progress=progress,
             say=output.note,
+            fan=Fan(jobs, ray) if jobs > 1 or ray else None,
         )
     if as_json:
         output.print_json(result)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from moeprune.cli import health, output
+from moeprune.cli import health, output, together
 from moeprune.cli.options import (
     AsJson,
     Data,
@@ -72,6 +73,13 @@ def evaluate(
     num_fewshot: NumFewshot = None,
     door: Door = "streamed",
     batch_size: BatchSize = 16,
+    resume: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Keep what is done in a folder of this name + .evaluation until the end, and "
+            "go on from there after an interruption."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure held-out perplexity per domain and, against a teacher, what was lost.
@@ -101,7 +109,11 @@ def evaluate(
             progress,
             sections,
             smallest,
+            resume,
+            output.note,
         )
+    if not together.ranks().first:
+        return
     if card:
         output.note(f"wrote {write_measured(model, result)}")
     output.tell_profile(compute)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from moeprune.cli import together
 from moeprune.errors import MoepruneError
 
 if TYPE_CHECKING:
@@ -205,4 +206,5 @@ def parse_compute(
     if memory_dir is not None and memory is None:
         raise MoepruneError("--memory-dir is for what has no room", "add --memory 8GiB")
     counted = Profile() if profile else None
-    return Compute(device, dtype, workers, trust, size, memory_dir, note, counted)
+    ranks = together.ranks()
+    return Compute(device, dtype, workers, trust, ranks, size, memory_dir, note, counted)

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from moeprune.cli import output
+from moeprune.cli import output, together
 from moeprune.cli.options import (
     AsJson,
     Data,
@@ -93,6 +93,8 @@ def calibrate(
             progress,
             output.note,
         )
+    if not together.ranks().first:
+        return
     output.tell_default_text(model, data)
     output.tell_profile(compute)
     if as_json:
@@ -158,7 +160,8 @@ def plan(
     from moeprune.models.store import refuse_existing_plan
     from moeprune.pipeline import stages
 
-    refuse_existing_plan(out, force)
+    if together.ranks().first:
+        refuse_existing_plan(out, force)
     with output.progress_bars() as progress:
         made = stages.plan(
             model,
@@ -176,6 +179,8 @@ def plan(
             force=force,
             note=output.note,
         )
+    if not together.ranks().first:
+        return
     if statistics is None and made.statistics:
         output.tell_default_text(model, data)
     output.tell_warnings(made.warnings)

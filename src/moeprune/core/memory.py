@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from moeprune.core.folding import levels
 from moeprune.errors import BudgetError
 
 
@@ -72,7 +73,9 @@ def peak(sizes: Sizes, decision: Decision) -> int:
     """Largest number of bytes that a walk holds."""
     workers = min(decision.workers, max(1, sizes.batches))
     held = sizes.base + sizes.resident + decision.in_memory * sizes.hidden
-    computing = workers * (sizes.work + sizes.hidden) + (workers + 2) * sizes.statistics
+    # in flight, waiting to be added, and what a sum of so many parts holds
+    sets = workers + 1 + levels(max(1, sizes.batches))
+    computing = workers * (sizes.work + sizes.hidden) + sets * sizes.statistics
     layer, source = sizes.layer, sizes.source
     if decision.chunk < sizes.experts:
         share = -(-(sizes.layer - sizes.rest) * decision.chunk // sizes.experts)

@@ -198,6 +198,11 @@ class Method(ABC):
         return self
 
     @property
+    def competes(self) -> bool:
+        """Whether layers compete: if not, ``plan_model`` is ``plan_layer`` of one after another."""
+        return type(self).plan_model is not Method.plan_model
+
+    @property
     def chooses_experts(self) -> bool:
         """Whether it decides which experts stay."""
         return "keep" in self.budgets and self.keeps == "experts"

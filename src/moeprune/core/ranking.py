@@ -106,6 +106,11 @@ class Ranking(Method):
         remove = self.quota(shape, context.budget)
         return self.build(view, rating, self._chosen(rating, remove, shape, context))
 
+    @property
+    def competes(self) -> bool:
+        """Whether layers compete."""
+        return self.scope != "layer"
+
     def plan_model(self, views: Iterable[LayerView], context: Context) -> dict[int, LayerPlan]:
         """Decide about all layers; unless ``scope="layer"`` they compete."""
         if self.scope == "layer":

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ from moeprune.models.bounds import Load, share
 from moeprune.models.data import Domain, token_keys
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.ranks import ALONE, Ranks
 from moeprune.models.walk import Batch, Walk, default_workers
+
+if TYPE_CHECKING:
+    from moeprune.evaluation.kept import KeptEvaluation
 
 _LOGITS_PER_BATCH = 1 << 25  # values, of one model
 _TOKENS_PER_BATCH = 4096
@@ -134,6 +139,8 @@ def evaluate(
     teacher: str | None = None,
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
+    kept: KeptEvaluation | None = None,
 ) -> dict[str, Evaluation]:
     """Measure all ``models`` on the same sequences.
 
@@ -145,6 +152,8 @@ def evaluate(
         teacher: the name of the one that the others are compared with, if any.
         workers: as in ``Walk``.
         progress: told (steps done, steps in all).
+        ranks: processes that share the windows; the result is the same in all.
+        kept: what was done before an interruption, and where to keep what is done.
 
     Raises:
         DataError: vocabularies of teacher and student differ.
@@ -154,7 +163,10 @@ def evaluate(
         for domain in domains
         for ids_BL in domain.ids_NL.split(_rows(models, domain))
     ]
+    parts = parts[ranks.run_of(len(parts))]
     batches = [batch for _, batch in parts]
+    known = {} if kept is None else kept.scores()
+    left = [index for index in range(len(batches)) if index not in known]
     steps = [len(model.layers) * len(batches) for model in models.values()]
     total, before = sum(steps) + len(batches), 0
     results = {name: Evaluation() for name in models}
@@ -163,14 +175,11 @@ def evaluate(
     with ExitStack() as stack:
         walks: dict[str, Walk] = {}
         for (name, model), own in zip(models.items(), steps, strict=True):
-            start = time.perf_counter()
-
-            def tell(done: int, _: int, offset: int = before) -> None:
-                progress(offset + done, total)
-
-            walks[name] = stack.enter_context(Walk(model, batches, workers, tell, chunks=True))
-            walks[name].layers()
-            results[name].seconds = time.perf_counter() - start
+            walks[name], results[name].seconds = _walked(
+                name, model, batches, workers,
+                lambda done, offset=before: progress(offset + done, total),  # type: ignore[misc]
+                kept, stack, bool(left),
+            )  # fmt: skip
             before += own
 
         def score(index: int) -> dict[str, Sums]:
@@ -178,20 +187,59 @@ def evaluate(
                 torch.set_num_threads(1)
             return _score(index, batches[index].ids_BL, walks, teacher)
 
-        sums: dict[tuple[str, str], list[Sums]] = {}
-        with ThreadPoolExecutor(min(walk.way.workers for walk in walks.values())) as pool:
-            for index, scores in enumerate(pool.map(score, range(len(batches)))):
-                for name, value in scores.items():
-                    sums.setdefault((name, parts[index][0].name), []).append(value)
-                progress(before + index + 1, total)
+        threads = min((walk.way.workers for walk in walks.values() if left), default=1)
+        with ThreadPoolExecutor(threads) as pool:
+            for index, scores in zip(left, pool.map(score, left), strict=True):
+                known[index] = scores
+                if kept is not None:
+                    kept.add(index, scores)
+                progress(before + len(known), total)
+    sums: dict[tuple[str, str], list[Sums]] = {}
+    for index, (domain, _) in enumerate(parts):
+        for name, value in known[index].items():
+            sums.setdefault((name, domain.name), []).append(value)
+    everybody = ranks.gather(sums)
     for name, result in results.items():
         compared = teacher is not None and name != teacher
         for domain in domains:
             document_N = None if domain.document_N is None else domain.document_N.numpy()
-            joined = Sums.joined(sums[name, domain.name])
+            found = (some.get((name, domain.name), ()) for some in everybody)
+            joined = Sums.joined([part for some in found for part in some])
             score_ = DomainScore(joined, compared, domain.bytes_per_token, document_N)
             result.domains[domain.name] = score_
     return results
+
+
+def _walked(
+    name: str,
+    model: LayeredModel,
+    batches: Sequence[Batch],
+    workers: int,
+    progress: Callable[[int], None],
+    kept: KeptEvaluation | None,
+    stack: ExitStack,
+    wanted: bool,
+) -> tuple[Walk, float]:
+    """A walk that stands behind its last layer, or, if it is not wanted, has not begun; seconds."""
+    states = kept.walk(name, model) if wanted and kept is not None else None
+    start = time.perf_counter()
+    walk = Walk(
+        model, batches, workers, lambda done, _: progress(done),
+        start=None if states is None else states.start, chunks=True,
+    )  # fmt: skip
+    earlier = 0.0 if states is None or kept is None else kept.seconds(states)
+
+    def spent() -> float:
+        return earlier + time.perf_counter() - start
+
+    def done(index: int, outputs: Sequence[object]) -> None:
+        if states is not None and kept is not None:
+            kept.save(states, index, outputs, spent())
+
+    if wanted:
+        stack.enter_context(walk)
+        walk.layers(done=done)
+    return walk, spent()
 
 
 def refuse_other_vocabulary(models: Mapping[str, LayeredModel]) -> int:

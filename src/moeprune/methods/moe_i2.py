@@ -71,6 +71,11 @@ class MoEI2(Method):
         remove = removable(context.budget, view.shape)
         return self._plan(view, context, error, remove)
 
+    @property
+    def competes(self) -> bool:
+        """Whether layers compete."""
+        return self.scope != "layer"
+
     def plan_model(self, views: Iterable[LayerView], context: Context) -> dict[int, LayerPlan]:
         """Decide about all layers; the experts run twice, as no layer's outputs are kept."""
         if self.scope == "layer":

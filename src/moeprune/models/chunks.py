@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeprune.core.folding import Fold
 from moeprune.core.statistics import LayerStatistics
 from moeprune.models.expert_ranges import ExpertRanges
 from moeprune.models.hidden import HiddenStates
 from moeprune.models.lockstep import Enough, Job, Lockstep
 from moeprune.models.observe import Collector, Slots, collect_block, compute_slots, observed
+from moeprune.models.ranks import ALONE, Ranks
 from moeprune.models.sites import MoESite
 
 
@@ -45,6 +47,7 @@ class ChunkedLayer:
         empty: statistics over no tokens.
         finished: told of every batch, in order, when the layer is done with it.
         loading: wraps the loading of a chunk.
+        offset, ranks: as of the walk.
     """
 
     site: MoESite
@@ -56,6 +59,8 @@ class ChunkedLayer:
     empty: Callable[[], LayerStatistics] | None = None
     finished: Callable[[Job], None] = lambda job: None
     loading: Callable[[Callable[[], int]], None] = lambda load: None
+    offset: int = 0
+    ranks: Ranks = ALONE
     _slots: dict[int, Slots] = field(default_factory=dict)
     _collectors: dict[int, Collector] = field(default_factory=dict)
     _here: _Here = field(default_factory=_Here)
@@ -137,9 +142,12 @@ class ChunkedLayer:
             with torch.no_grad():
                 return compute(job)
 
+        fold: Fold[LayerStatistics] = Fold(self.offset)
         for statistics in self.lockstep.in_order(without_grad, self.lockstep.workers + 1):
-            if total is not None and statistics is not None:
-                total.merge(statistics)
+            if statistics is not None:
+                fold.add(statistics)
+        if total is not None and self.empty is not None:
+            total.merge(self.ranks.total(fold, self.empty))  # of other experts than those before
 
     def _keep(self, batch: int) -> None:
         if self.hidden is not None:

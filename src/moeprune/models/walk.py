@@ -11,14 +11,15 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from moeprune.core.accumulating import Origin
+from moeprune.core.folding import Fold, levels
 from moeprune.core.partial import PartialStatistics
 from moeprune.core.profile import COMPUTING, LOADING, MERGING, WAITING
 from moeprune.core.statistics import LayerStatistics
@@ -29,6 +30,7 @@ from moeprune.models.expert_ranges import ExpertRanges, parameters
 from moeprune.models.loading import LayeredModel
 from moeprune.models.lockstep import Job, Lockstep
 from moeprune.models.observe import Collector, observed
+from moeprune.models.ranks import ALONE, Ranks
 from moeprune.models.sites import MoESite
 from moeprune.models.walk_state import Start
 
@@ -36,6 +38,8 @@ from moeprune.models.walk_state import Start
 # each, 1024 by default. The number of rows per expert differs with every batch, so most are used
 # once; fewer of them keep memory a matter of one layer. Read by torch at its first such product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+# Above it torch keeps another cache of them in every thread that multiplies, 1024 by default.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
 _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
@@ -96,6 +100,8 @@ class Walk:
         workers: batches that compute at once; 0 takes one per core on the CPU, one on a GPU.
         progress: told after every batch of every layer.
         start: goes on behind a layer whose outputs were kept; None starts before the first.
+        ranks: who has the other batches; statistics are of all of them.
+        offset: how many batches the ranks before this one have.
         needs: what ``layers`` will collect, for plans of memory; nothing is collected by it.
         chunks: whether the model's memory limit may load the experts of a layer some at a time;
             who looks at weights in ``visit``, or edits them, needs them all.
@@ -109,6 +115,8 @@ class Walk:
     workers: int = 0
     progress: Progress = lambda done, total: None
     start: Start | None = None
+    ranks: Ranks = ALONE
+    offset: int = 0
     needs: Sequence[str] = ()
     chunks: bool = False
     shared: ClassVar[bool] = False
@@ -122,6 +130,7 @@ class Walk:
         tokens = [batch.size for batch in self.batches]
         load = Load(tokens, workers, self.needs, self.chunks, self.shared, not self.needs)
         self.way, self._hidden = bounded(self.model, load)
+        self.way = replace(self.way, chunk=min(self.ranks.gather(self.way.chunk)))
         if self._hidden is not None:
             self._stack.callback(self._hidden.close)
         self.model.load_resident()
@@ -280,11 +289,11 @@ class Walk:
             self.way.chunk,
             self._hidden,
             collector if needs else None,
-            (lambda: LayerStatistics.empty(site.shape, needs, self.model.device))
-            if needs
-            else None,
+            empty if needs else None,
             lambda job: self._step(),
             loading,
+            self.offset,
+            self.ranks,
         )
         with self._time.spend(COMPUTING):
             return layer.run()
@@ -309,7 +318,9 @@ class Walk:
         expert at least). To be called from ``visit``, before weights are changed.
         """
         device, E = self.model.device, site.shape.experts
-        held = self._lockstep.workers + 2  # in flight, waiting to be added, and the total
+        # in flight, waiting to be added, and the sums; every rank takes as many experts at a time
+        window = self._lockstep.workers + 1
+        held = max(self.ranks.gather(window + levels(len(self.batches))))
         of_one = PartialStatistics.of(site.shape, needs, (0,), "meta").nbytes
         size = max(1, min(E, limit // max(1, of_one * held)))
         for start in range(0, E, size):
@@ -317,7 +328,7 @@ class Walk:
             yield self._collect(
                 site,
                 partial(PartialStatistics.of, site.shape, needs, chosen, device),
-                window=held - 1,
+                window=window,
             )
 
     def _collect(
@@ -327,7 +338,7 @@ class Walk:
         step: Callable[[], None] = lambda: None,
         window: int = 0,
     ) -> S:
-        total = empty()
+        fold: Fold[S] = Fold(self.offset)
 
         def collect(index: int) -> Collector:
             return self.batches[index].collector(empty(), self.model.device)
@@ -336,15 +347,15 @@ class Walk:
             assert job.collector is not None
             self._collected(site, job.index, job.collector.statistics)
             with self._time.spend(MERGING):
-                total.merge(job.collector.statistics)
+                fold.add(cast(S, job.collector.statistics))
             job.collector = None
             step()
 
-        if not window and self._hidden is not None:
+        if not window and self.model.limits.memory is not None:
             window = self._lockstep.workers + 1  # sums of batches that wait to be added are memory
-        with self._time.spend(COMPUTING), observed(site, total.needs_router):
+        with self._time.spend(COMPUTING), observed(site, empty().needs_router):
             self._lockstep.run(collect, merge, window, self._observed_jobs())
-        return total
+        return self.ranks.total(fold, empty)
 
     def _collected(self, site: MoESite, index: int, statistics: LayerStatistics) -> None:
         """Called with the sums of every batch before they are added up."""

@@ -24,6 +24,7 @@ from moeprune.errors import MoepruneError, UnsupportedModelError
 from moeprune.models import quirks
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.ranks import ALONE, Ranks
 from moeprune.models.writer import Piece, given, write_file
 from moeprune.work import WorkFolder
 
@@ -122,12 +123,14 @@ class WalkStates:
         model: that is walked.
         name: of their folder within it.
         start: where the walk goes on; see ``resume``.
+        ranks: processes that keep states of the other batches, behind the same layers.
     """
 
     folder: WorkFolder
     model: LayeredModel
     name: str = "walk"
     start: Start | None = None
+    ranks: Ranks = ALONE
     _all: int = -1
     _pace: Pace = field(default_factory=Pace)
     _ended: bool = False
@@ -142,32 +145,43 @@ class WalkStates:
         """Whether no layer is left."""
         return self._all == len(self.model.layers) - 1
 
-    def resume(self, has: Callable[[int], bool], what: str) -> Start | None:
+    def resume(self, has: Callable[[int], bool], what: str, outputs: bool = False) -> Start | None:
         """Go on behind the newest whole state, if there is one; says so, or why there is none.
 
         Args:
             has: whether all else that was made of a layer is kept.
             what: goes on, for the note.
+            outputs: what the last layer makes is wanted, and not only what ``has`` knows of.
         """
         layers = len(self.model.layers)
-        done = next((index for index in range(layers) if not has(index)), layers)
-        if done == layers:
+        own = next((index for index in range(layers) if not has(index)), layers)
+        done = min(self.ranks.gather(own))
+        if done == layers and not outputs:
             self._all = layers - 1
             return None
         why = refusal(self.model) or "no state of the walk is kept"
-        for layer in [] if refusal(self.model) else reversed(self.layers()):
-            file = self.folder.find(self._file(layer)) if layer < done else None
-            if file is not None:
-                self.start = Start(layer, file)
-                stopped = datetime.fromtimestamp(file.stat().st_mtime).strftime("%d %B, %H:%M")
-                self.folder.note(
-                    f"going on after {layer + 1} of {layers} layers "
-                    f"({what} was interrupted after {stopped})"
-                )
-                return self.start
+        layer = self._newest(done - 1)
+        while len({*(newest := self.ranks.gather(layer))}) > 1:
+            layer = self._newest(min(newest))  # where all can go on
+        if layer >= 0:
+            file = self.folder.path / self._file(layer)
+            self.start = Start(layer, file)
+            stopped = datetime.fromtimestamp(file.stat().st_mtime).strftime("%d %B, %H:%M")
+            self.folder.note(
+                f"going on after {layer + 1} of {layers} layers "
+                f"({what} was interrupted after {stopped})"
+            )
+            return self.start
         if done:
             self.folder.note(f"{what} walks all layers again: {why}")
         return None
+
+    def _newest(self, reached: int) -> int:
+        """The last layer up to ``reached`` behind which a whole state is kept; -1 for none."""
+        for layer in [] if refusal(self.model) else reversed(self.layers()):
+            if layer <= reached and self.folder.find(self._file(layer)) is not None:
+                return layer
+        return -1
 
     def layers(self) -> list[int]:
         """Layers behind which a state was kept, ascending."""
@@ -183,7 +197,9 @@ class WalkStates:
 
         A disk that is full ends the keeping, not the walk: there is a note.
         """
-        if self._ended or refusal(self.model) or not (always or self._pace.due()):
+        if refusal(self.model) or not (always or self.ranks.broadcast(self._pace.due())):
+            return
+        if self._ended:
             return
         began = self._pace.now()
         try:

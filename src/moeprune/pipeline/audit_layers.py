@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -112,7 +113,7 @@ class LayerAuditor:
         if number in self._parts:
             self._parts[number].merge(small)
         else:
-            self._parts[number] = small
+            self._parts[number] = deepcopy(small)  # the sums themselves are added up by the walk
 
     def decide(self, site: MoESite, statistics: LayerStatistics | None) -> dict[str, LayerPlan]:
         """Look at a layer and say what is tried there."""

@@ -30,9 +30,10 @@ from moeprune.pipeline.inputs import (
     model_name,
     read_calibration,
     refuse_source,
+    say,
     silent,
-    unheard,
 )
+from moeprune.pipeline.sharing import drop_others, kept_by, merged, own_batches
 from moeprune.work import refuse_finished, work_folder
 
 STAGE = "calibration"
@@ -46,7 +47,7 @@ def calibrate(
     compute: Compute = Compute(),
     force: bool = False,
     progress: Progress = silent,
-    note: Note = unheard,
+    note: Note = say,
 ) -> StatisticsStore:
     """Walk the model over calibration text and save the statistics of every MoE layer.
 
@@ -56,8 +57,9 @@ def calibrate(
     Raises:
         MoepruneError: anything the user can mend; ``out`` is as it was before.
     """
-    out = Path(out)
-    refuse_finished(out, STAGE, force)
+    out, ranks = Path(out), compute.ranks
+    if ranks.first:
+        refuse_finished(out, STAGE, force)
     checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     refuse_source(checkpoint, out)
     model = compute.open(checkpoint)
@@ -73,18 +75,26 @@ def calibrate(
     }
     LayerStatistics.empty(next(iter(model.sites.values())).shape, needs)  # names are checked now
     identity = {**identify(model, domains, text.seed), "collect": header["collect"]}
-    with work_folder(out, STAGE, identity, force, note) as folder:
-        if not folder.published:
-            refuse_existing(out, force)
-            kept = KeptStatistics(folder)
-            tap = ResidualTap(data.batches(domains, text.seed)) if NAME in collect else None
-            states = WalkStates(folder, model)
+    with work_folder(*kept_by(out, STAGE, ranks, identity), force, note) as folder:
+        if not ranks.broadcast(folder.published):
+            if ranks.first:
+                refuse_existing(out, force)
+            kept, states = KeptStatistics(folder), WalkStates(folder, model, ranks=ranks)
+            batches, _ = own_batches(domains, text.seed, ranks)
+            tap = ResidualTap(batches) if NAME in collect else None
             _resume(kept, tap, states)
             if not states.finished:
                 _walk(model, domains, compute, needs, progress, text.seed, kept, tap, states)
             if tap is not None:
-                kept.save(tap.result())
-            kept.publish(header, force)
+                angles = merged(ranks.gather(tap.result()))
+                if ranks.first:
+                    kept.save(angles)
+            if ranks.first:
+                kept.publish(header, force)
+            ranks.barrier()  # what the others keep is needed until then
+    if not ranks.first:
+        return StatisticsStore(out)
+    drop_others(out, STAGE)
     return StatisticsStore.open(out)
 
 
@@ -102,7 +112,8 @@ def _walk(
     """All layers that are left, each kept when it is done."""
 
     def visit(site: MoESite, statistics: LayerStatistics) -> bool:
-        kept.save(statistics)
+        if compute.ranks.first:
+            kept.save(statistics)
         return False
 
     def done(index: int) -> None:
@@ -125,7 +136,9 @@ def _resume(kept: KeptStatistics, tap: ResidualTap | None, states: WalkStates) -
     def has(index: int) -> bool:
         last = index == len(model.layers) - 1
         whole = tap is None or len(points) > index + last  # of the last one, what it hands on too
-        return whole and (index not in model.sites or kept.has(index))
+        return whole and (
+            index not in model.sites or not states.ranks.first or kept.has(index)
+        )  # rank 0 keeps the statistics of all
 
     states.resume(has, STAGE)
     if tap is not None:
@@ -176,8 +189,14 @@ def observe(
         if states is not None and index + 1 < len(model.layers):
             states.save(index, outputs)
 
-    start = None if states is None else states.start
-    batches = data.batches(domains, seed)
-    with Walk(model, batches, compute.workers, tell, start, needs, chunks) as walk:
+    ranks, start = compute.ranks, None if states is None else states.start
+    batches, offset = own_batches(domains, seed, ranks)
+
+    def together(entered: Sequence[object]) -> None:
+        ranks.barrier()  # those of one machine read a layer at the same time, so from disk once
+        if stream is not None:
+            stream(entered)
+
+    with Walk(model, batches, compute.workers, tell, start, ranks, offset, needs, chunks) as walk:
         opened(walk)
-        walk.layers(needs, visit, stream, finished)
+        walk.layers(needs, visit, stream if ranks.size == 1 else together, finished)

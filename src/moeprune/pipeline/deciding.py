@@ -24,6 +24,7 @@ from moeprune.models.walk_state import WalkStates
 from moeprune.pipeline.calibration import observe
 from moeprune.pipeline.inputs import Compute, Progress, Text, read_calibration
 from moeprune.pipeline.kept_plan import KeptLayers
+from moeprune.pipeline.spreading import check_agreement, plan_together
 from moeprune.pipeline.views import Views
 from moeprune.work import WorkFolder
 
@@ -71,32 +72,32 @@ class Decider:
         context = replace(self.context, budget=budget, warn=warn)
         if self.method.sequential:
             return self._sequentially(context)
-        if self.folder is None or type(self.method).plan_model is not Method.plan_model:
-            layers = self.method.plan_model(self.views, context)
+        if self.folder is None or self.method.competes:
+            layers = plan_together(self.method, self.views, context, self.compute.ranks)
         else:
             layers = self._one_by_one(context)
-        return _equalised(self.method, layers, self.views, context) if self.uniform else layers
+        return self._equalised(layers, context) if self.uniform else layers
 
     def _one_by_one(self, context: Context) -> dict[int, LayerPlan]:
         """``Method.plan_model``, each layer kept when it is decided."""
         kept = KeptLayers(self.folder, self.model, context.budget)
+        indices = sorted(self.model.sites)
+        known = [kept.load(index) for index in indices]
+        found = sum(entry is not None for entry in known)
+        if 0 < found < len(known) and self.folder is not None:
+            self.folder.note(f"{found} of {len(known)} layers were planned before")
         layers: dict[int, LayerPlan] = {}
-        found = 0
-        for number, index in enumerate(sorted(self.model.sites)):
-            layer = kept.load(index, context.warn)
-            found += layer is not None
-            if layer is None:
-                said: list[str] = []
-                layer = self.method.plan_layer(
-                    self.views.at(index), replace(context, warn=said.append)
-                )
-                kept.save_when_due(layer, said)
-                for text in said:
-                    context.warn(text)
-            layers[index] = layer
+        for number, (index, entry) in enumerate(zip(indices, known, strict=True)):
+            said: list[str] = []
+            if entry is not None:
+                layers[index], said = entry
+            else:
+                listening = replace(context, warn=said.append)
+                layers[index] = self.method.plan_layer(self.views.at(index), listening)
+                kept.save_when_due(layers[index], said)
+            for text in said:
+                context.warn(text)
             self.views.told(number + 1)
-        if 0 < found < len(layers) and self.folder is not None:
-            self.folder.note(f"{found} of {len(layers)} layers had been planned before")
         return layers
 
     def _sequentially(self, context: Context) -> dict[int, LayerPlan]:
@@ -116,6 +117,7 @@ class Decider:
             )
             warnings: list[str] = []
             layer = method.plan_layer(view, replace(context, warn=warnings.append))
+            check_agreement(layer, self.compute.ranks)
             layers[site.shape.layer] = layer
             kept.save(layer, warnings)
             said.extend(warnings)
@@ -164,20 +166,18 @@ class Decider:
             states.clear()
         return found
 
-
-def _equalised(
-    method: Method, layers: dict[int, LayerPlan], views: Views, context: Context
-) -> dict[int, LayerPlan]:
-    """``layers``, or if they keep different numbers of experts, a plan that keeps their mean."""
-    counts = [len(layer.keep) for layer in layers.values()]
-    if len(set(counts)) == 1:
-        return layers
-    shape = min((view.shape for view in views), key=lambda shape: shape.experts)
-    step = math.lcm(shape.groups, context.budget.multiple_of)
-    keep = next_multiple(math.ceil(sum(counts) / len(counts)), step, shape)
-    context.warn(
-        f"{context.budget} keeps between {min(counts)} and {max(counts)} experts per layer; "
-        f"made uniform: {keep} in every layer"
-    )
-    budget = Budget(keep=keep, multiple_of=context.budget.multiple_of)
-    return method.per_layer().plan_model(views, replace(context, budget=budget))
+    def _equalised(self, layers: dict[int, LayerPlan], context: Context) -> dict[int, LayerPlan]:
+        """``layers``, or if they keep different numbers of experts, those of their mean."""
+        counts = [len(layer.keep) for layer in layers.values()]
+        if len(set(counts)) == 1:
+            return layers
+        shape = min(self.views.shapes, key=lambda shape: shape.experts)
+        step = math.lcm(shape.groups, context.budget.multiple_of)
+        keep = next_multiple(math.ceil(sum(counts) / len(counts)), step, shape)
+        context.warn(
+            f"{context.budget} keeps between {min(counts)} and {max(counts)} experts per layer; "
+            f"made uniform: {keep} in every layer"
+        )
+        budget = Budget(keep=keep, multiple_of=context.budget.multiple_of)
+        context = replace(context, budget=budget)
+        return plan_together(self.method.per_layer(), self.views, context, self.compute.ranks)

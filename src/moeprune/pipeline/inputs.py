@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 
 from moeprune.core.profile import Profile
 from moeprune.errors import DataError, MoepruneError, OutputError
+from moeprune.files import sha256_bytes, sha256_file
 from moeprune.models import data
 from moeprune.models.bounds import Limits, check
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
+from moeprune.models.ranks import ALONE, Ranks
 
 Source = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
@@ -33,6 +36,10 @@ _POOL = 4
 
 def silent(what: str, done: int, total: int) -> None:
     """No progress."""
+
+
+say: Note = logging.getLogger("moeprune").warning
+"""Notes on stderr, unless the program that calls has set up its logging otherwise."""
 
 
 def unheard(text: str) -> None:
@@ -68,6 +75,7 @@ class Compute:
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
         workers: batches that compute at once; 0 takes one per core.
         trust_remote_code: run the Python files that a checkpoint brings; never without this.
+        ranks: the processes that share the work (``moeprune.models.ranks.joined``).
         memory: bytes that the process is to stay below; None is no limit. Results do not depend
             on it.
         memory_dir: where hidden states go that it has no room for; None takes the system's.
@@ -79,6 +87,7 @@ class Compute:
     dtype: str = "auto"
     workers: int = 0
     trust_remote_code: bool = False
+    ranks: Ranks = ALONE
     memory: int | None = None
     memory_dir: Path | None = None
     tell: Callable[[str], None] = field(default=unheard, compare=False, repr=False)
@@ -112,7 +121,7 @@ class Compute:
             MoepruneError: no such device.
         """
         try:
-            device = torch.device(self.device)
+            device = torch.device(self.ranks.device(self.device))
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise MoepruneError(
@@ -147,6 +156,15 @@ def model_name(source: Source) -> str:
     """A short name for tables and plans."""
     text = os.fspath(source)
     return Path(text).resolve().name if Path(text).exists() else text
+
+
+def hash_of_sources(sources: Sequence[str], kind: str) -> str:
+    """What identifies calibration text before it is read: the bytes of files, names of datasets."""
+    parts = [
+        f"{name}={sha256_file(source) if isinstance(source, Path) else source}"
+        for name, source in sorted(data.find_sources(sources, kind).items())
+    ]
+    return sha256_bytes("\n".join(parts).encode())
 
 
 def read_calibration(checkpoint: Checkpoint, text: Text) -> list[data.Domain]:

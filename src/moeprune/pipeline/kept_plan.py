@@ -7,7 +7,6 @@ where it has any.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from moeprune.models.store import read_plan, write_plan
 from moeprune.models.walk_state import Pace, WalkStates
 from moeprune.work import WorkFolder
 
-Warn = Callable[[str], None]
+Decision = tuple[LayerPlan, list[str]]
+"""What happens to a layer, and the warnings of the method that decided it."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class KeptLayers:
     folder: WorkFolder | None
     model: LayeredModel
     budget: Budget
-    _waiting: list[tuple[LayerPlan, tuple[str, ...]]] = field(default_factory=list)
+    _waiting: list[Decision] = field(default_factory=list)
     _pace: Pace = field(default_factory=Pace)
 
     @property
@@ -60,16 +60,16 @@ class KeptLayers:
 
     def save_when_due(self, layer: LayerPlan, warnings: list[str]) -> None:
         """As ``save``, but decisions that take no time wait until there are several."""
-        self._waiting.append((layer, tuple(warnings)))
+        self._waiting.append((layer, warnings))
         if self._pace.due():
             began = self._pace.now()
             for one, said in self._waiting:
-                self.save(one, list(said))
+                self.save(one, said)
             self._waiting.clear()
             self._pace.written(began)
 
-    def load(self, index: int, warn: Warn) -> LayerPlan | None:
-        """What was decided about a layer; ``warn`` hears again what it made the method say."""
+    def load(self, index: int) -> Decision | None:
+        """What was decided about a layer."""
         if self.folder is None:
             return None
         stem = f"{self.name}/{_file(index).removesuffix('.json')}"
@@ -78,24 +78,19 @@ class KeptLayers:
         if file is None or None in map(self.folder.find, needed):
             return None
         plan = read_plan(file)
-        for text in plan.warnings:
-            warn(text)
-        return plan.layers[index]
+        return plan.layers[index], [*plan.warnings]
 
     def resume(self) -> tuple[WalkStates | None, dict[int, LayerPlan], list[str]]:
         """How far a sequential method came: its walk, what it decided, and what it said."""
         if self.folder is None:
             return None, {}, []
-        found: dict[int, tuple[LayerPlan, list[str]]] = {}
+        found: dict[int, Decision] = {}
 
         def has(index: int) -> bool:
-            if index not in self.model.sites:
-                return True
-            said: list[str] = []
-            layer = self.load(index, said.append)
-            if layer is not None:
-                found[index] = (layer, said)
-            return layer is not None
+            entry = self.load(index) if index in self.model.sites else None
+            if entry is not None:
+                found[index] = entry
+            return entry is not None or index not in self.model.sites
 
         states = WalkStates(self.folder, self.model, f"{self.name}/walk")
         states.resume(has, "planning")

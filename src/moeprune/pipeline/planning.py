@@ -33,8 +33,8 @@ from moeprune.pipeline.inputs import (
     Text,
     describe_model,
     model_name,
+    say,
     silent,
-    unheard,
 )
 from moeprune.pipeline.views import Views
 from moeprune.work import work_folder
@@ -56,7 +56,7 @@ def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
     memo: dict[Any, Any] | None = None,
     out: Source | None = None,
     force: bool = False,
-    note: Note = unheard,
+    note: Note = say,
 ) -> Plan:
     """Decide what happens to every expert.
 
@@ -68,7 +68,7 @@ def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
     budget it need not find again.
 
     With ``out`` the plan is written there, replacing another one if ``force``; what is decided is
-    kept in ``<out>.plan`` until it is, and the same call goes on from it.
+    kept in ``<out>.plan`` until it is, and the same call goes on from it (in one process).
 
     Raises:
         MoepruneError: anything the user can mend.
@@ -99,7 +99,7 @@ def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
     views = Views(model, layout, store, progress)
     decider = Decider(chosen, model, views, context, text, compute, progress, uniform)
     with ExitStack() as stack:
-        if out is not None:
+        if out is not None and compute.ranks.size == 1:
             identity = _identity(decider, budget, store, fixed.to_json(constraints.protect_super))
             told = {**identity, "writing": asdict(writing)}
             decider.folder = stack.enter_context(work_folder(Path(out), "plan", told, force, note))
@@ -113,7 +113,7 @@ def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
                 for name in folder.names():  # the same question would fail again
                     folder.remove(name)
             raise
-        if out is not None:
+        if out is not None and compute.ranks.first:
             write_plan(result, out, force)
             if any(layer.stored is not None for layer in result.layers.values()):
                 return read_plan(out)  # matrices that were kept go with their folder

@@ -16,18 +16,25 @@ from moeprune.core.constraints import Constraints
 from moeprune.core.method import Method
 from moeprune.core.plan import Plan
 from moeprune.core.targets import Target
-from moeprune.errors import MoepruneError, OutputError
+from moeprune.errors import MoepruneError, OutputError, PlanError
 from moeprune.files import new_directory, refuse_existing
 from moeprune.models.byte_exact import refuse_method
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Sizes, Writing
 from moeprune.models.projection import project_statistics
+from moeprune.models.store import read_plan
 from moeprune.models.surgery import apply_plan
 from moeprune.pipeline.asking import PROTECTION_NEEDS, accept
 from moeprune.pipeline.calibration import calibrate
 from moeprune.pipeline.inputs import Compute, Progress, Source, Text, refuse_source, silent
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
 from moeprune.pipeline.planning import plan as make_plan
+from moeprune.pipeline.pruning_place import (
+    finished_statistics,
+    inputs_of,
+    plan_name,
+    pruning_place,
+)
 from moeprune.pipeline.recovery_steps import Recovery, RecoveryDone, refuse_recovery, run_recovery
 
 RECOMPUTE = "recompute"
@@ -135,21 +142,35 @@ class Steps:
                     "choose another --keep-steps",
                 )
         reset_peak_memory()
-        work = Path(tempfile.mkdtemp(prefix="moeprune-", dir=self._room()))
-        try:
+        with self._place(original) as work:
             self._run(work)
             if self.keep is not None:
                 self._keep(work)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
         self.peak = peak_memory()
         return self.done
 
-    def _room(self) -> Path | None:
-        """Where checkpoints between steps go: the output's disk, as they may not fit in /tmp."""
-        if len(self.steps) == 1:
-            return None
-        return next(parent for parent in self.out.absolute().parents if parent.is_dir())
+    @property
+    def _resumable(self) -> bool:
+        """Whether what is made before the output stays after an interruption."""
+        return len(self.steps) == 1 and self.compute.ranks.size == 1
+
+    @contextmanager
+    def _place(self, original: Checkpoint) -> Iterator[Path]:
+        """Where statistics and checkpoints between steps go.
+
+        The latter on the output's disk, as they may not fit in /tmp.
+        """
+        if self._resumable:
+            identity = inputs_of(original.fingerprint, self.text, self.compute)
+            with pruning_place(self.out, identity, self.force) as work:
+                yield work
+            return
+        room = next(parent for parent in self.out.absolute().parents if parent.is_dir())
+        work = Path(tempfile.mkdtemp(prefix="moeprune-", dir=room))
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
     def _run(self, work: Path) -> None:
         source, known = self.source, self.statistics
@@ -208,8 +229,12 @@ class Steps:
             known = work / f"statistics-{number}"
             # what experts served costs nearly nothing in the same pass, and the report shows it
             shown = set() if self.observed is None else {Routing.name, Served.name}
-            needs = sorted(step.needs | later | shown)
-            calibrate(source, known, self.text, needs, self.compute, progress=self.progress)
+            needs = step.needs | later | shown
+            if not finished_statistics(known, needs):
+                calibrate(
+                    source, known, self.text, sorted(needs), self.compute, self.force,
+                    self.progress,
+                )  # fmt: skip
             seconds["calibrate"] = time.perf_counter() - start
         if number == 0 and known is not None and self.observed is not None:
             self.observed(known)
@@ -218,11 +243,7 @@ class Steps:
             observed = "the original, projected" if projected else "the model that it changes"
         given = number == 0 and self.statistics is not None  # refused if the method cannot use it
         start = time.perf_counter()
-        plan = make_plan(
-            source, step.method, step.budget, known if step.needs or given else None, self.text,
-            compute=self.compute, seed=step.seed, progress=self.progress, uniform=step.uniform,
-            constraints=step.constraints, writing=self.writing,
-        )  # fmt: skip
+        plan = self._planned(step, source, known if step.needs or given else None, work)
         seconds["plan"] = time.perf_counter() - start
         start = time.perf_counter()
         last = not any(isinstance(later, Step) for later in self.steps[number + 1 :])
@@ -238,6 +259,7 @@ class Steps:
                 pad=self.writing.pad and last,
                 dequantize=self.writing.dequantize and not number,
             ),
+            resumable=self._resumable,
         )
         seconds["apply"] = time.perf_counter() - start
         if self.done and self.done[-1].sizes.nonzero[1] < self.done[-1].sizes.parameters[1]:
@@ -248,6 +270,23 @@ class Steps:
         after = work / f"statistics-{number + 1}"
         project_statistics(known, plan, target, after, self.compute.trust_remote_code)
         return after
+
+    def _planned(self, step: Step, source: Source, known: Path | None, work: Path) -> Plan:
+        """What the step decides, or has decided before an interruption."""
+        out = None
+        if self._resumable:
+            asked = (step.method, step.budget, step.uniform, step.seed, step.constraints)
+            out = work / plan_name(*asked, self.writing, known)
+            if out.exists():
+                try:
+                    return read_plan(out)
+                except PlanError:  # damaged
+                    out.unlink()
+        return make_plan(
+            source, step.method, step.budget, known, self.text,
+            compute=self.compute, seed=step.seed, progress=self.progress, uniform=step.uniform,
+            constraints=step.constraints, writing=self.writing, out=out, force=True,
+        )  # fmt: skip
 
     def _projecting(self, number: int) -> set[str]:
         """What the steps behind ``number`` read from statistics that are projected on to them."""

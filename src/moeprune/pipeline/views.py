@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from moeprune.core.method import LayerView
+from moeprune.core.shapes import LayerShape
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import DataError
 from moeprune.models.block import BlockLoader
@@ -24,10 +25,23 @@ class Views:
         layout: Mapping[str, DiskTensor],
         store: StatisticsStore | None,
         progress: Progress,
+        only: Collection[int] | None = None,
     ) -> None:
         self._model, self._layout, self._store = model, dict(layout), store
         self._progress = progress
         self._loader = BlockLoader(model)
+        self._sites = [
+            site for index, site in sorted(model.sites.items()) if only is None or index in only
+        ]
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        """Sizes of the layers, ascending."""
+        return [site.shape for site in self._sites]
+
+    def only(self, layers: Collection[int]) -> Views:
+        """Of some layers."""
+        return Views(self._model, self._layout, self._store, self._progress, layers)
 
     def view(self, site: MoESite, statistics: LayerStatistics | None) -> LayerView:
         """One layer with these statistics."""
@@ -50,11 +64,11 @@ class Views:
 
     def told(self, number: int) -> None:
         """Tell the progress that so many layers are done; after the last one there is none left."""
-        self._progress("planning", number, len(self._model.sites))
-        if number == len(self._model.sites):
+        self._progress("planning", number, len(self._sites))
+        if number == len(self._sites):
             self._loader.close()
 
     def __iter__(self) -> Iterator[LayerView]:
-        for number, index in enumerate(sorted(self._model.sites)):
-            yield self.at(index)
+        for number, site in enumerate(self._sites):
+            yield self.at(site.shape.layer)
             self.told(number + 1)

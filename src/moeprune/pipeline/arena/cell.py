@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moeprune.core.plan import Plan
+from moeprune.errors import MoepruneError, OutputError
 from moeprune.evaluation.perplexity import Evaluation
 from moeprune.evaluation.summary import ALL, against
 from moeprune.files import json_bytes, sha256_bytes, sha256_file
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Sizes, Writing
+from moeprune.models.loading import LayeredModel
 from moeprune.models.store import read_plan, write_plan
 from moeprune.models.surgery import apply_plan
 from moeprune.pipeline.arena.asking import Cell
 from moeprune.pipeline.arena.kinds import kind_of, removes
-from moeprune.pipeline.arena.scoring import Scoring, reads_statistics
+from moeprune.pipeline.arena.measuring import said
+from moeprune.pipeline.arena.scoring import Scoring, reads_statistics, refuse_gram
 from moeprune.pipeline.arena.state import Run
 from moeprune.pipeline.inputs import Compute, Progress, Source
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
@@ -33,12 +37,14 @@ class Maker:
 
     Attributes:
         source: the model.
+        model: it, opened.
         run: where plans go.
         scoring: what they are made from.
         compute, writing, progress: as in the stages.
     """
 
     source: Source
+    model: LayeredModel
     run: Run
     scoring: Scoring
     compute: Compute
@@ -69,6 +75,33 @@ class Maker:
             progress=self.progress,
             memo=self._memo[1],
         )
+
+    def attempt(self, cell: Cell, known: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The row of a cell: one that can be measured, or one that says why it cannot.
+
+        Args:
+            cell: what is tried.
+            known: its row of an earlier run, if there is one.
+
+        Raises:
+            OutputError: the disk is full, for example.
+        """
+        again = dict(known) if known and known["status"] == PLANNED else None
+        row = again or begun(cell)
+        calibrated = self.scoring.seconds
+        try:
+            refuse_gram(cell.entry, self.model)
+            row = self.make(cell, row)
+        except OutputError:
+            raise
+        except MoepruneError as error:
+            row |= {"status": REFUSED, "reason": error.problem, "hint": error.hint}
+        except Exception as error:  # somebody else's method: its row says so, the others go on
+            row |= {"status": FAILED, "reason": said(error)}
+        if "plan" in row["seconds"] and again is None:
+            spent = self.scoring.seconds - calibrated
+            row["seconds"]["plan"] = round(row["seconds"]["plan"] - spent, 3)
+        return row
 
     def make(self, cell: Cell, row: dict[str, Any]) -> dict[str, Any]:
         """Plan, or take the plan that an interrupted run left, and write the checkpoint.

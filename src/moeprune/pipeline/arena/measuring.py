@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,23 @@ ORIGINAL = "original"
 MOST = 12
 _STATES = 4  # hidden states that a parked batch may hold: its own, the residual, masks, positions
 _SHARE = 0.25  # of the free memory; and half of the free disk
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a group.
+
+    Attributes:
+        found: evaluations by name, the original's under ``original``.
+        layers: of the checkpoints that could be opened.
+        wrong: why some could not be measured.
+        seconds: for all of them.
+    """
+
+    found: dict[str, Evaluation]
+    layers: dict[str, int]
+    wrong: dict[str, str]
+    seconds: float
 
 
 @dataclass
@@ -51,13 +69,18 @@ class Measuring:
         by_disk = int(shutil.disk_usage(folder).free / 2 / max(1, model.checkpoint.nbytes))
         return max(1, min(MOST, by_memory - 1, by_disk))
 
-    def measure(
-        self, folders: Mapping[str, Path]
-    ) -> tuple[dict[str, Evaluation], dict[str, int], dict[str, str]]:
-        """Evaluations (the original's under ``original``), layers, and why some could not be.
+    def measure(self, folders: Mapping[str, Path]) -> Measured:
+        """Measure checkpoints by name.
 
         If a group fails, its members are measured one by one to find the culprit.
         """
+        start = time.perf_counter()
+        found, layers, wrong = self._measure(folders)
+        return Measured(found, layers, wrong, time.perf_counter() - start)
+
+    def _measure(
+        self, folders: Mapping[str, Path]
+    ) -> tuple[dict[str, Evaluation], dict[str, int], dict[str, str]]:
         models, wrong = self._open(folders)
         layers = {name: len(model.layers) for name, model in models.items()}
         try:
@@ -69,7 +92,7 @@ class Measuring:
         found: dict[str, Evaluation] = {}
         for name, folder in folders.items():
             if name in models:
-                one, _, why = self.measure({name: folder})
+                one, _, why = self._measure({name: folder})
                 found, wrong = {**found, **one}, {**wrong, **why}
         return found, layers, wrong
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.core.budget import Budget
-from moeprune.errors import MoepruneError, OutputError
+from moeprune.errors import MoepruneError
 from moeprune.evaluation.perplexity import Evaluation
 from moeprune.files import sha256_bytes, sha256_file, write_together
 from moeprune.models import data
@@ -22,9 +23,11 @@ from moeprune.models.store import StatisticsStore, versions
 from moeprune.pipeline.arena import cell as cells
 from moeprune.pipeline.arena.asking import Asked, Calibration, Cell, calibrations, parse_methods
 from moeprune.pipeline.arena.estimate import Clock, spoken
-from moeprune.pipeline.arena.measuring import ORIGINAL, Measuring, said
+from moeprune.pipeline.arena.fanning import Fanning, Group, prepared
+from moeprune.pipeline.arena.lanes import Fan, LaneWork
+from moeprune.pipeline.arena.measuring import ORIGINAL, Measured, Measuring
 from moeprune.pipeline.arena.pages import compare_page
-from moeprune.pipeline.arena.scoring import Scoring, refuse_gram, union
+from moeprune.pipeline.arena.scoring import Scoring, union
 from moeprune.pipeline.arena.state import (
     CHECKPOINTS,
     PAGE,
@@ -91,6 +94,7 @@ def compare(
     command: str = "moeprune compare",
     progress: Progress = silent,
     say: Callable[[str], None] = lambda text: None,
+    fan: Fan | None = None,
 ) -> dict[str, Any]:
     """Plan, write and measure every cell of ``grid``; go on where an earlier run stopped.
 
@@ -111,6 +115,7 @@ def compare(
         command: for the report.
         progress: as in the other stages.
         say: takes a line now and then: what is done, and how long the rest will take.
+        fan: several processes that share the cells; None computes them one after another.
 
     Returns:
         The content of ``compare.json`` (``moeprune.compare/1``).
@@ -132,7 +137,17 @@ def compare(
         facts = inspect(source, compute.trust_remote_code)
         run.facts |= _facts(command, facts, windows, asked)
         arena = _Arena(
-            source, run, asked, model, windows, compute, writing, keep_checkpoints, progress, say
+            source,
+            run,
+            asked,
+            model,
+            windows,
+            compute,
+            writing,
+            keep_checkpoints,
+            progress,
+            say,
+            fan,
         )
         arena.run_all()
     return run.result()
@@ -192,6 +207,7 @@ class _Arena:
     keep: bool
     progress: Progress
     say: Callable[[str], None]
+    fan: Fan | None = None
     clock: Clock = field(default_factory=Clock)
     began: float = field(default_factory=time.perf_counter)
 
@@ -210,22 +226,55 @@ class _Arena:
         )  # fmt: skip
         scoring.facts = run.facts.setdefault("calibrations", {})
         run.save()
-        maker = cells.Maker(self.source, run, scoring, self.compute, self.writing, self.progress)
+        maker = cells.Maker(
+            self.source, self.model, run, scoring, self.compute, self.writing, self.progress
+        )
         measuring = Measuring(self.source, self.windows, self.compute, self.progress)
         size = measuring.group_size(self.model, run.path)
         run.facts["group"] = size
-        group: list[tuple[Cell, dict[str, Any]]] = []
-        for number, cell in enumerate(todo):
-            row = self._make(maker, cell)
-            if row is not None:
-                group.append((cell, row))
-            if len(group) == size or (group and number + 1 == len(todo)):
-                self._measure(measuring, group)
-                group = []
-                self._tell(todo[number + 1 :], before)
+        if self.fan is None:
+            self._one_by_one(todo, maker, measuring, size, before)
+        else:
+            self._fanned(todo, maker, size, before)
         if run.facts.get(ORIGINAL) is None:
             self._original(measuring.original())
         self._finish(before)
+
+    def _one_by_one(
+        self,
+        todo: Sequence[Cell],
+        maker: cells.Maker,
+        measuring: Measuring,
+        size: int,
+        before: float,
+    ) -> None:
+        group: Group = []
+        for number, cell in enumerate(todo):
+            row = self._made(cell, maker.attempt(cell, self.run.cells.get(cell.key)))
+            if row is not None:
+                group.append((cell, row))
+            if len(group) == size or (group and number + 1 == len(todo)):
+                folders = {cell.key: self.run.work / cell.slug for cell, _ in group}
+                self._measured(group, measuring.measure(folders))
+                group = []
+                self._tell(todo[number + 1 :], before)
+
+    def _fanned(self, todo: Sequence[Cell], maker: cells.Maker, size: int, before: float) -> None:
+        """The same by several processes; this one alone writes what they found."""
+        assert self.fan is not None
+        there = prepared(todo, maker)
+        for cell in todo:
+            if cell not in there:
+                self._made(cell, maker.attempt(cell, None))
+        work = LaneWork(
+            os.fspath(self.source), self.run.path, maker.scoring.collect, self.compute,
+            self.writing, self.windows,
+        )  # fmt: skip
+        kept = {cell.key: self.run.cells.get(cell.key) for cell in there}
+        with self.fan.lanes(work) as lanes:
+            Fanning(lanes, size, self._made, self._measured).run_all(
+                there, kept, lambda rest: self._tell(rest, before)
+            )
 
     def _finished(self, cell: Cell) -> bool:
         return self.run.cells.get(cell.key, {}).get("status") in _FINISHED
@@ -240,23 +289,9 @@ class _Arena:
                 then = {f"{label}, option {k}": v for k, v in row["options"].items()}
                 refuse_difference(self.run.path, then, now)
 
-    def _make(self, maker: cells.Maker, cell: Cell) -> dict[str, Any] | None:
-        """The row of a cell that can be measured; None if it ends here."""
-        known = self.run.cells.get(cell.key)
-        row = known if known and known["status"] == cells.PLANNED else cells.begun(cell)
-        calibrated = maker.scoring.seconds
-        try:
-            refuse_gram(cell.entry, self.model)
-            row = maker.make(cell, row)
-        except OutputError:
-            raise
-        except MoepruneError as error:
-            row |= {"status": cells.REFUSED, "reason": error.problem, "hint": error.hint}
-        except Exception as error:  # somebody else's method: its row says so, the others go on
-            row |= {"status": cells.FAILED, "reason": said(error)}
-        spent = maker.scoring.seconds - calibrated
-        if "plan" in row["seconds"] and known is not row:
-            row["seconds"]["plan"] = round(row["seconds"]["plan"] - spent, 3)
+    def _made(self, cell: Cell, row: dict[str, Any]) -> dict[str, Any] | None:
+        """Save the row of a cell that was tried; it if it can be measured, None if it ends here."""
+        if "plan" in row["seconds"]:
             self.clock.planned(cell, row["seconds"]["plan"])
         if "apply" in row["seconds"]:
             self.clock.took("apply", row["seconds"]["apply"])
@@ -271,21 +306,20 @@ class _Arena:
         other = self.run.cells.get(first.key, {})
         return cell.seed != first.seed and other.get("decision") == row["decision"]
 
-    def _measure(self, measuring: Measuring, group: list[tuple[Cell, dict[str, Any]]]) -> None:
-        start = time.perf_counter()
-        folders = {cell.key: self.run.work / cell.slug for cell, _ in group}
-        found, layers, wrong = measuring.measure(folders)
-        spent = time.perf_counter() - start
-        original = found.get(ORIGINAL)
+    def _measured(self, group: Group, result: Measured) -> None:
+        """Save what a group of cells came to."""
+        original = result.found.get(ORIGINAL)
         if original is not None:
             self._original(original)
         for cell, row in group:
-            if cell.key in wrong:
-                row.update(status=cells.FAILED, reason=wrong[cell.key])
+            if cell.key in result.wrong:
+                row.update(status=cells.FAILED, reason=result.wrong[cell.key])
             else:
-                row.update(cells.measured(found[cell.key], original, layers[cell.key]))
-            row["seconds"]["evaluate"] = round(spent / len(group), 3)
-            self.clock.took("evaluate", spent / len(group))
+                row.update(
+                    cells.measured(result.found[cell.key], original, result.layers[cell.key])
+                )
+            row["seconds"]["evaluate"] = round(result.seconds / len(group), 3)
+            self.clock.took("evaluate", result.seconds / len(group))
             self.run.save(cell.key, row)
             self._put_away(cell)
 
@@ -319,6 +353,8 @@ class _Arena:
         spent = time.perf_counter() - self.began
         self.run.facts["seconds"] = round(before + spent, 2)
         left = self.clock.remaining(rest, 0)
+        if left and self.fan is not None:
+            left /= self.fan.jobs
         estimate = f", about {spoken(left)} left" if rest and left else ""
         self.say(f"{total - len(rest)} of {total} cells, {spoken(spent)} so far{estimate}")
 

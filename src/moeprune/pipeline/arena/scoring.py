@@ -79,7 +79,7 @@ class Scoring:
         progress: Progress,
     ) -> None:
         self._source, self._folder, self._fingerprint = source, folder, fingerprint
-        self._collect, self._compute, self._progress = list(collect), compute, progress
+        self.collect, self._compute, self._progress = list(collect), compute, progress
         self.facts: dict[str, dict[str, Any]] = {}
         self.seconds = 0.0
 
@@ -112,7 +112,8 @@ class Scoring:
 
     def _walk(self, path: Path, text: Text) -> None:
         shutil.rmtree(path, ignore_errors=True)
-        calibrate(self._source, path, text, self._collect, self._compute, progress=self._progress)
+        # an interrupted walk is gone on with, unless other sums are wanted now
+        calibrate(self._source, path, text, self.collect, self._compute, True, self._progress)
 
     def _missing(self, path: Path, exactly: bool = False) -> bool:
         """Whether there is nothing, something damaged, or statistics that lack a sum.
@@ -125,5 +126,5 @@ class Scoring:
             return True
         if store.manifest["model"]["fingerprint"] != self._fingerprint:
             return True
-        wanted, found = {*self._collect}, {*store.manifest["collect"]}
+        wanted, found = {*self.collect}, {*store.manifest["collect"]}
         return wanted != found if exactly else not wanted <= found

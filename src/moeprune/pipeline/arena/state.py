@@ -63,6 +63,11 @@ class Run:
         """Write what is known, with ``cell`` among it; on the disk when this returns."""
         if key is not None and cell is not None:
             self.cells[key] = cell
+            order = {name: place for place, name in enumerate(self.facts.get("order", ()))}
+            last = len(order)
+            if order.get(key, last) < max(order.get(name, last) for name in self.cells):
+                ranked = sorted(self.cells, key=lambda name: order.get(name, last))
+                self.cells = {name: self.cells[name] for name in ranked}
         write_together({self.path / RESULT: json_bytes(self.result())}, force=True)
 
     def result(self) -> dict[str, Any]:
