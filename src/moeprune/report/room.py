@@ -50,11 +50,15 @@ def fitted(rows: Sequence[Row], atlas: Mapping[str, Any] | None, draw: Draw) -> 
         page = draw(*_without(rows, whole, cuts[:count]))
         return page, len(page.encode())
 
-    page, large = drawn(0)
-    low, high = 0, len(cuts)
-    if large <= MOST or not cuts:
-        return page
+    low, high, hopeless = 0, len(cuts), taken_C[-1] > 2 * MOST
+    large = taken_C[-1]
+    if not hopeless:
+        page, large = drawn(0)
+        if large <= MOST or not cuts:
+            return page
     page, small = drawn(high)
+    if hopeless:  # not worth drawing whole
+        large += small
     while small < _FULL * MOST and high - low > 1:
         # sizes are taken to go from `large` to `small` as the estimates do
         wanted = (large - _AIM * MOST) / (large - small) * (taken_C[high] - taken_C[low])
