@@ -77,5 +77,7 @@ def test_budgets_hold_and_layers_do_not_matter(tmp_path: Path) -> None:
             peaks[layers, over] = peak
     assert peaks[9, 0] < 1.05 * peaks[3, 0], peaks
     assert peaks[9, 0] < peaks[9, 50 * MIB] + 10 * MIB, peaks
-    # four batches: their hidden states are in the file
-    assert measured(paths[3], 64, 0)[1] < 1.05 * peaks[3, 0]
+    # four batches: what they hold between layers is in the file
+    budget, peak, _ = measured(paths[3], 64, 0)
+    assert peak <= budget
+    assert peak < 1.1 * peaks[3, 0], peaks
