@@ -131,6 +131,8 @@ class ChunkedLayer:
             return None
         collector = replace(collector, statistics=self.empty())
         collect_block(collector, self._slots[job.index])
+        if self.hidden is not None:
+            self.hidden.rest(job.index)
         return collector.statistics
 
     def _merge(
