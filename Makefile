@@ -7,7 +7,7 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-vllm lint bench figures compare clean
+.PHONY: demo test test-vllm lint bench survive figures compare clean
 
 demo: $(STAMP)
 	$(BIN)/moeprune demo --out demo-out --force
@@ -16,7 +16,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Serves pruned models with vLLM on the CPU and writes docs/serving.md. Not part of `make test`: it
-# installs three gigabytes, and then takes seven minutes of a processor and five of waiting at most.
+# installs three gigabytes, and then takes about nine minutes of processor time.
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	rm -rf $(VLLM)/checkpoints

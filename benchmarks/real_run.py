@@ -44,7 +44,8 @@ def commands(model: Path, work: Path, args: argparse.Namespace) -> dict[str, lis
         "calibrate": [str(model), "--out", stats, *text, *memory],
         "plan": [str(model), *method, "--statistics", stats, "--out", plan],
         "apply": [str(model), "--plan", plan, "--out", out],
-        "verify": [out, "--against", str(model), *memory],
+        # in float32 a layer of Mixtral's size is larger than the limit
+        "verify": [out, "--against", str(model), "--dtype", "bfloat16", *memory],
     }
 
 
@@ -60,6 +61,8 @@ def stage(name: str, model: Path, work: Path, args: argparse.Namespace) -> dict[
         print(f"{name} ended with {cost.code}: {' '.join(words[2:])}", file=sys.stderr)
     elif name == "verify":
         found["findings"] = json.loads(output).get("findings")
+        for finding in found["findings"] or ():
+            print(f"verify: {json.dumps(finding)}", file=sys.stderr)
     return found
 
 
@@ -73,6 +76,7 @@ def all_stages(model: Path, args: argparse.Namespace) -> dict[str, Any]:
             if found[name]["code"] not in (0, 1):
                 break
         found["experts_touched"] = touched(Path(folder) / "stats")
+        print(f"experts that saw a token: {found['experts_touched']}", file=sys.stderr)
     return found
 
 

@@ -264,7 +264,11 @@ def _enter(
     _clear(folder.path)
     told = {"format": FORMAT, "stage": stage, "identity": identity}
     told["sha256"] = sha256_bytes(json_bytes(identity))
-    write_together({file: json_bytes(told)}, force=True)
+    try:
+        write_together({file: json_bytes(told)}, force=True)
+    except BaseException:
+        _clear(folder.path)  # it may stand there already: nothing was begun
+        raise
 
 
 def _identity(file: Path, stage: str) -> dict[str, Any] | None:

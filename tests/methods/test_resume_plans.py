@@ -42,8 +42,8 @@ def planning(
     ("method", "model_type", "options"),
     [
         ("ream", "mixtral", {}),
-        ("naee", "olmoe", {"mode": "progressive"}),
-        ("sparsegpt", "deepseek_v3", {}),
+        pytest.param("naee", "olmoe", {"mode": "progressive"}, marks=pytest.mark.slow),
+        pytest.param("sparsegpt", "deepseek_v3", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_method_that_edits_as_it_walks_goes_on(

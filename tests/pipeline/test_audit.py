@@ -81,6 +81,7 @@ def test_measures_what_a_cut_does(
         assert kl > 0.001
         assert cell["kl"]["value"] == pytest.approx(kl, rel=1e-3)
         assert cell["loss"]["value"] == pytest.approx(rise, abs=1e-4)
+        assert cell["kl"]["low"] is None or 0.0 <= cell["kl"]["low"] < cell["kl"]["high"]
 
 
 def test_given_statistics(given: dict[str, Any], stats: Path) -> None:

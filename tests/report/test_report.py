@@ -246,6 +246,11 @@ def test_what_was_removed_adds_up_the_usage() -> None:
     assert lines[0].novices == wording.ids(removed) and lines[0].dropped == wording.NOTHING
     assert lines[-1].layer == "all" and lines[-1].novices == "48 experts"
     assert lines[-1].even == wording.percent(0.25)
+    row["plan"] = {  # layers of 4 and of 12 experts: 4 of 16, not the mean of a half and a sixth
+        "0": {"keep": [0, 1], "replaced": [], "dropped": [2, 3]},
+        "1": {"keep": list(range(10)), "replaced": [], "dropped": [10, 11]},
+    }
+    assert removals.removals(row, run)[-1].even == wording.percent(0.25)
 
 
 def test_what_was_not_counted_is_no_choice() -> None:

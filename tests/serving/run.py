@@ -70,7 +70,7 @@ def serve(
         )
     folder = Path(jobs[0]["checkpoint"]).parent.parent
     while missing := [job for job in jobs if not Path(job["result"]).is_file()]:
-        (folder / "jobs.json").write_text(json.dumps(missing))
+        (folder / f"jobs-{os.getpid()}.json").write_text(json.dumps(missing))
         work(python, folder, {**os.environ, **environment}, START + EACH * len(missing))
         left = [Path(job["result"]) for job in missing if not Path(job["result"]).is_file()]
         if left:  # the process ended with this one: go on with those behind it
@@ -80,11 +80,11 @@ def serve(
 
 
 def work(python: Path, folder: Path, environment: Mapping[str, str], seconds: float) -> None:
-    """Let ``serve.py`` do ``jobs.json``; it is stopped after ``seconds``."""
+    """Let ``serve.py`` do the list of jobs; it is stopped after ``seconds``."""
     script = Path(__file__).with_name("serve.py")
     with (folder / "serve.log").open("a") as output, suppress(subprocess.TimeoutExpired):
         subprocess.run(
-            [python, script, folder / "jobs.json"],
+            [python, script, folder / f"jobs-{os.getpid()}.json"],
             stdout=output,
             stderr=output,
             check=False,

@@ -43,6 +43,10 @@ class Damage:
         """Mean KL(unedited || branch), nats per token."""
         return self._mean(self.branches[branch].kl_N)
 
+    def kl_interval(self, branch: int) -> Interval:
+        """Of ``kl``, which is never negative."""
+        return self.kl(branch).interval().within(0.0, math.inf)
+
     def loss(self, branch: int) -> Estimate:
         """How much higher the mean loss is, nats per token."""
         return self._mean(self.branches[branch].nll_N - self.model.nll_N)

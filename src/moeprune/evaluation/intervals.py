@@ -57,6 +57,11 @@ class Interval:
         value, low, high = (factor * each for each in (self.value, self.low, self.high))
         return replace(self, value=value, low=low, high=high)
 
+    def within(self, least: float, most: float) -> Interval:
+        """Without what the number can never be; an end that is not known stays so."""
+        low, high = (float(np.clip(end, least, most)) for end in (self.low, self.high))
+        return replace(self, low=low, high=high)
+
     def to_json(self) -> dict[str, Any]:
         """JSON types; None for what is not finite."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}

@@ -100,8 +100,8 @@ class Paired:
             loss, kl, agreement = (self._without_spread(each) for each in (loss, kl, agreement))
         elif agreement.value == 1.0:  # the same choices; not the same numbers
             agreement = self._without_spread(agreement)
-        kl = _between(kl, 0.0, math.inf)
-        agreement = _between(agreement, 0.0, 1.0)
+        kl = kl.within(0.0, math.inf)
+        agreement = agreement.within(0.0, 1.0)
         smallest = self.loss.smallest()
         return {
             "loss": loss.to_json(),
@@ -189,12 +189,6 @@ def lost_more(domains: Mapping[str, Paired], wanted: float, others: str) -> list
         f"({interval.low:.3g} to {interval.high:.3g}; p {_p(p)}{corrected})"
         for value, name, interval, p in sorted(shown, key=lambda each: (-each[0], each[1]))
     ]
-
-
-def _between(interval: Interval, least: float, most: float) -> Interval:
-    """Without what the number can never be; an end that is not known stays so."""
-    low, high = (float(np.clip(end, least, most)) for end in (interval.low, interval.high))
-    return replace(interval, low=low, high=high)
 
 
 def _p(value: float) -> str:

@@ -139,7 +139,7 @@ def _cell(
     measured = None
     if branch is not None:
         measured = {
-            "kl": damage.kl(branch).interval().to_json(),
+            "kl": damage.kl_interval(branch).to_json(),
             "loss": damage.loss(branch).interval().to_json(),
         }
     return {
@@ -173,7 +173,7 @@ def _whole(found: Mapping[int, LayerFinding], ratio: float, cells: Cells, damage
     return {
         "removed": sum(one.removed[ratio] for one in found.values()),
         "experts": sum(len(one.counts) for one in found.values()),
-        "kl": damage.kl(branch).interval().to_json(),
+        "kl": damage.kl_interval(branch).to_json(),
         "loss": damage.loss(branch).interval().to_json(),
         "kl_sum_of_layers": finite(math.fsum(alone)) if complete else None,
     }
@@ -237,8 +237,8 @@ def _advice(found: Mapping[int, LayerFinding], cells: Cells, damage: Damage) -> 
     for layer, branch in cells.masked.items():
         experts = cells.every[ratio] if layer is None else cells.one[layer, ratio]
         entry = {
-            "experts": damage.kl(experts).interval().to_json(),
-            "weights": damage.kl(branch).interval().to_json(),
+            "experts": damage.kl_interval(experts).to_json(),
+            "weights": damage.kl_interval(branch).to_json(),
             "difference": damage.kl_difference(experts, branch).interval().to_json(),
         }
         if layer is None:

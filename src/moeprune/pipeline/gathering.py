@@ -127,7 +127,7 @@ def _sort(file: Path, data: dict[str, Any], found: _Found) -> None:
         key = known[0] if known else f"{file}"
         if not known:
             found.plans[key] = plan | {"decision": decision}
-        if copy:
+        if copy and (file.parent / "config.json").is_file():  # else it was never finished
             found.checkpoints.setdefault(key, {})["sha256"] = sha256_file(file)
             found.checkpoints[key]["path"] = str(file.parent)
     elif form == PROVENANCE_FORMAT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ _RESULTS = (RUN, "demo.json")
 UNMEASURED = "what was lost was not measured: "
 UNROUTED = "routing after the cut was not measured: "
 _MAX = 1 << 28
+_STATE = "run.json"  # in the folder of an interrupted stage, beside its output
 _FINISHED = ("done", "refused", "failed", "same")
 
 
@@ -64,13 +66,22 @@ def report(source: Source, out: Source | None = None, force: bool = False) -> Re
     """
     folder = Path(source)
     if not folder.is_dir():
-        raise MoepruneError(
-            f"no such folder: {folder}", "give what demo, prune, compare or run wrote"
-        )
+        raise _absent(folder)
     page, missing, name = _drawn(folder)
     path = folder / name if out is None else Path(out)
     write_together({path: page.encode()}, force)
     return Reported(path, tuple(missing))
+
+
+def _absent(folder: Path) -> MoepruneError:
+    """No output; perhaps the command that makes it was interrupted, and can go on."""
+    kept = sorted(folder.parent.glob(f"{glob.escape(folder.name)}.*/{_STATE}"))
+    if kept:
+        return MoepruneError(
+            f"{folder} is not finished: {kept[0].parent} holds what was done so far",
+            "run the same command again, it goes on from there",
+        )
+    return MoepruneError(f"no such folder: {folder}", "give what demo, prune, compare or run wrote")
 
 
 def _drawn(folder: Path) -> tuple[str, list[str], str]:

@@ -28,13 +28,13 @@ def removals(row: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[Removal
     if not any(entry["replaced"] or entry["dropped"] or _merged(entry) for _, entry in plan):
         return ()
     usage = result.get("usage") or {}
-    lines, shares, evens = [], [], []
+    lines, shares, gone = [], [], []
     for layer, entry in plan:
         removed = [*entry["replaced"], *_merged(entry), *entry["dropped"]]
         share = served(removed, usage.get(str(layer)))
         even = len(removed) / max(1, len(removed) + len(entry["keep"]))
         shares.append(share)
-        evens.append(even)
+        gone.append(len(removed))
         lines.append(
             Removal(
                 layer=str(layer),
@@ -47,7 +47,7 @@ def removals(row: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[Removal
             )
         )
     if len(lines) > 1:
-        lines.append(_total([entry for _, entry in plan], shares, evens))
+        lines.append(_total([entry for _, entry in plan], shares, sum(gone)))
     return tuple(lines)
 
 
@@ -73,23 +73,21 @@ def served(experts: Iterable[int], shares: Sequence[Any] | None) -> float | None
 
 
 def _total(
-    entries: Sequence[Mapping[str, Any]], shares: Sequence[float | None], evens: Sequence[float]
+    entries: Sequence[Mapping[str, Any]], shares: Sequence[float | None], removed: int
 ) -> Removal:
     # every layer routes the same number of slots, so the mean of the shares is the share
     known = [share for share in shares if share is not None]
     mean = sum(known) / len(known) if known and len(known) == len(shares) else None
 
-    def counted(name: str) -> str:
-        return wording.whole(sum(len(entry[name]) for entry in entries))
-
+    kept = sum(len(entry["keep"]) for entry in entries)
     return Removal(
         layer="all",
-        kept=counted("keep"),
+        kept=wording.whole(kept),
         novices=wording.plural(sum(len(entry["replaced"]) for entry in entries), "expert"),
         merged=wording.plural(sum(len(_merged(entry)) for entry in entries), "expert"),
         dropped=wording.plural(sum(len(entry["dropped"]) for entry in entries), "expert"),
         share=wording.percent(mean),
-        even=wording.percent(sum(evens) / len(evens)),
+        even=wording.percent(removed / max(1, removed + kept)),  # layers may differ in size
     )
 
 

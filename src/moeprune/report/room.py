@@ -6,13 +6,16 @@ served. Tables of sizes and losses stay.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 MOST = 6_000_000
 """Bytes of a page."""
-_SCORE, _ID, _LINE, _PAIR, _TOKEN = 7, 6, 250, 3, 14  # characters on a page, roughly
+_FULL, _AIM = 0.92, 0.97  # a page that is left so full is not drawn again
+_SCORE, _ID, _LINE, _PAIR, _TOKEN = 9, 4, 250, 3, 14  # characters on a page, roughly
 
 Row = Mapping[str, Any]
 Draw = Callable[[Sequence[Row], Mapping[str, Any], Sequence[str]], str]
@@ -41,22 +44,31 @@ def fitted(rows: Sequence[Row], atlas: Mapping[str, Any] | None, draw: Draw) -> 
     """
     whole = atlas or {}
     cuts = list(_cuts(rows, whole))
-    taken = _enough(cuts, 0, sum(cut.size for cut in cuts) - MOST)
-    while True:
-        page = draw(*_without(rows, whole, cuts[:taken]))
-        excess = len(page.encode()) - MOST
-        if excess <= 0 or taken == len(cuts):
+    taken_C = [0, *accumulate(cut.size for cut in cuts)]  # characters of the first cuts, roughly
+
+    def drawn(count: int) -> tuple[str, int]:
+        page = draw(*_without(rows, whole, cuts[:count]))
+        return page, len(page.encode())
+
+    low, high, hopeless = 0, len(cuts), taken_C[-1] > 2 * MOST
+    large = taken_C[-1]
+    if not hopeless:
+        page, large = drawn(0)
+        if large <= MOST or not cuts:
             return page
-        taken = max(taken + 1, _enough(cuts, taken, excess))
-
-
-def _enough(cuts: Sequence[_Cut], start: int, excess: int) -> int:
-    """How many cuts are needed, those before ``start`` being made."""
-    place = start
-    while place < len(cuts) and excess > 0:
-        excess -= cuts[place].size
-        place += 1
-    return place
+    page, small = drawn(high)
+    if hopeless:  # not worth drawing whole
+        large += small
+    while small < _FULL * MOST and high - low > 1:
+        # sizes are taken to go from `large` to `small` as the estimates do
+        wanted = (large - _AIM * MOST) / (large - small) * (taken_C[high] - taken_C[low])
+        count = min(max(bisect_left(taken_C, taken_C[low] + wanted), low + 1), high - 1)
+        other, size = drawn(count)
+        if size > MOST:
+            low, large = count, size
+        else:
+            high, small, page = count, size, other
+    return page
 
 
 def _cuts(rows: Sequence[Row], atlas: Mapping[str, Any]) -> Iterator[_Cut]:

@@ -11,6 +11,7 @@ Axes: S sampled tokens, E experts, H width of the block, N subsets.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,8 +123,20 @@ class Reconstruction:
         """The error [N], float64, of each subset (True: left)."""
         step = max(1, _GATES // (self.router.tokens * self.experts))
         full_SE = self._full()
-        starts = range(0, len(kept_NE), step)
-        return torch.cat([self._losses(kept_NE[i : i + step], full_SE) for i in starts])
+        parts = [kept_NE[i : i + step] for i in range(0, len(kept_NE), step)]
+        before = torch.get_num_threads()
+        workers = min(before, len(parts))
+        if workers < 2:
+            return torch.cat([self._losses(part, full_SE) for part in parts])
+        # one core per part: products this small do not gain from several, and lose where other
+        # work has the cores; the numbers do not depend on how many there are
+        try:
+            with ThreadPoolExecutor(
+                workers, initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
+                return torch.cat(list(pool.map(lambda part: self._losses(part, full_SE), parts)))
+        finally:
+            torch.set_num_threads(before)
 
     def _losses(self, kept_nE: Tensor, full_SE: Tensor) -> Tensor:
         change_SnE = (self.router.gates(kept_nE) - full_SE).transpose(0, 1)
