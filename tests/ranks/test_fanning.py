@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from moeprune import Budget, Compute, Grid, Text, compare
-from moeprune.errors import OutputError
+from moeprune.errors import MoepruneError, OutputError
 from moeprune.pipeline.arena import lanes
 from moeprune.pipeline.arena.asking import Calibration, Cell, parse_methods
 from moeprune.pipeline.arena.cell import FAILED, PLANNED, begun
@@ -123,6 +123,12 @@ def test_a_full_disk_ends_the_run() -> None:
 
     with pytest.raises(OutputError, match="no space"):
         fan_out([Full()])
+
+
+def test_ray_is_asked_for_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "find_spec", lambda name: None)
+    with pytest.raises(MoepruneError, match=r"moeprune\[ray\]"):
+        Fan(2, "auto")
 
 
 def plain(found: Any) -> Any:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -123,6 +124,9 @@ class Lane(Protocol):
 class Fan:
     """How many processes, and where.
 
+    Raises:
+        MoepruneError: ``jobs`` is no such number, or Ray is asked for and not installed.
+
     Attributes:
         jobs: how many.
         ray: of a Ray cluster: its address, ``auto`` for the one that this machine is part of, or
@@ -131,6 +135,12 @@ class Fan:
 
     jobs: int
     ray: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise MoepruneError(f"--jobs must be at least 1 (got {self.jobs})")
+        if self.ray is not None and find_spec("ray") is None:
+            raise MoepruneError("--ray: Ray is not installed", "pip install 'moeprune[ray]'")
 
     def share(self, compute: Compute) -> Compute:
         """What each of them may use; there is nobody whom it could tell something."""
@@ -142,10 +152,8 @@ class Fan:
         """The processes, for as long as the block runs.
 
         Raises:
-            MoepruneError: ``jobs`` is no such number, or there is no such cluster.
+            MoepruneError: there is no such cluster.
         """
-        if self.jobs < 1:
-            raise MoepruneError(f"--jobs must be at least 1 (got {self.jobs})")
         if self.ray is None:
             threads = max(1, cores() // self.jobs)
             with _ended([_Process(work, threads) for _ in range(self.jobs)]) as lanes:

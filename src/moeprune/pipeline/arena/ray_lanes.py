@@ -7,15 +7,12 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
 from moeprune.errors import MoepruneError
 from moeprune.pipeline.arena.asking import Cell
 from moeprune.pipeline.arena.lanes import Lane, LaneWork, Worker, translated
-
-try:
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-except ImportError as _error:
-    raise MoepruneError("--ray: Ray is not installed", "pip install 'moeprune[ray]'") from _error
 
 
 @contextmanager
