@@ -129,10 +129,12 @@ def constants_table(found: dict[str, Any]) -> list[str]:
         "copy": ("copies in memory, one core", 1e9, "GB/s"),
         "sha256": ("SHA-256, one core", 1e9, "GB/s"),
         "start": ("start of a command", 1, "s"),
+        "busy": ("load average before it was measured: other work", 1, ""),
     }
     for key, (words, factor, unit) in scaled.items():
         cell = f"{found[key] / factor:.3g} {unit}".strip()
-        lines.append(f"| {words} | {cell} |{' as measured |' * len(ASSUMED)}")
+        rest = " – |" if key == "busy" else " as measured |"
+        lines.append(f"| {words} | {cell} |{rest * len(ASSUMED)}")
     return lines
 
 

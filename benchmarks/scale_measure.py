@@ -143,11 +143,11 @@ def start_seconds() -> float:
 
 def constants(path: Path, folder: Path) -> dict[str, Any]:
     """Everything, on the model at ``path`` (one of ``real_size.py``) and the disk of ``folder``."""
-    cores = os.cpu_count() or 1
+    cores, busy = os.cpu_count() or 1, os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=folder) as work:
         found: dict[str, Any] = disk(Path(work))
     found |= arithmetic(cores) | kernels(cores)
-    found |= {"load": loading(path), "start": start_seconds(), "cores": cores}
+    found |= {"load": loading(path), "start": start_seconds(), "cores": cores, "busy": busy}
     found["memory"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found["attained"] = attained(path, found["flops"])
     return found
