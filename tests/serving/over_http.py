@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SECONDS = 300
+SECONDS = 900
 TEXT = {"prompt": "The number of ways to", "max_tokens": 24, "temperature": 0}
 
 SHOWN = "http://localhost:8000"

@@ -286,9 +286,9 @@ STOCK = {
 
 
 def prepare_large(folder: Path) -> None:
-    """Two layers of OLMoE-1B-7B's size, and half of their experts: for measuring memory.
+    """Two layers with 3 GiB of experts, and half of them: for measuring memory.
 
-    The weights are noise, and nothing is expected of what they generate.
+    The weights are all alike, and nothing is expected of what they generate.
     """
     config = OlmoeConfig(num_hidden_layers=2, vocab_size=1024)
     with torch.device("meta"):
