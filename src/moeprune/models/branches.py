@@ -54,7 +54,8 @@ class BranchedWalk(Walk):
         branches: the edited versions.
         decide: called in every MoE layer, its weights in memory, with the statistics of the
             observed batches (None without such); tells what to do in its branches.
-        part: called with every observed batch's own statistics, in order, before ``decide``.
+        part: called with every observed batch's own statistics, in order, before ``decide``; they
+            are added to afterwards, so whoever keeps them copies them.
         squares: after the walk, by layer the mean squared norm of the held-out tokens' state behind
             it.
 

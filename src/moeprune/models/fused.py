@@ -89,11 +89,16 @@ def find_fused(
 
 def _stacks(conversion: Any) -> bool:
     """Whether a conversion stacks experts, and puts the stacks one after another along O."""
-    kinds = [(type(op), op.dim) for op in conversion.operations if hasattr(op, "dim")]
+    kinds = [(_kind(op), op.dim) for op in conversion.operations if hasattr(op, "dim")]
     if len(kinds) != len(conversion.operations) or len(conversion.target_patterns) != 1:
         return False
     whole = [(MergeModulelist, 0), (Concatenate, 1)]
     return kinds == whole or (kinds == whole[:1] and len(conversion.source_patterns) == 1)
+
+
+def _kind(op: Any) -> type:
+    """Its class; of one that only saves in another way (``novice_runtime``), the one it is of."""
+    return MergeModulelist if type(op).convert is MergeModulelist.convert else type(op)
 
 
 def _fused(
