@@ -17,7 +17,7 @@ from vllm.model_executor.models.transformers import moe as backend
 from vllm.model_executor.models.utils import extract_layer_index
 
 from moeprune.errors import UnsupportedModelError
-from moeprune.models.sites import count_key, find_sites, is_uneven, resize_facts
+from moeprune.models.sites import count_key, find_sites, is_swiglu, is_uneven, resize_facts
 from moeprune.models.uneven_runtime import install
 from moeprune.serving.vllm_experts import experts_factory
 from moeprune.serving.vllm_models import load_vectors, replaced
@@ -30,13 +30,20 @@ class PrunedTransformersForCausalLM(TransformersMoEForCausalLM):  # type: ignore
         """Build vLLM's modules for layers as config.json describes them.
 
         Raises:
-            UnsupportedModelError: the backend left experts to transformers, or builds them wider or
-                narrower than they are.
+            UnsupportedModelError: the experts are no SwiGLU, or the backend left them to
+                transformers, or builds them wider or narrower than they are.
         """
         layers = layers_of(self.model)
         if is_uneven(self.text_config):
             install(self.model, **resize_facts(self.model, layers))
-        width = {layer: s.shape.intermediate for layer, s in find_sites(self.model, layers).items()}
+        sites = find_sites(self.model, layers)
+        if not all(is_swiglu(site.experts) for site in sites.values()):
+            # the backend computes SwiGLU whatever the model says, without an error
+            raise UnsupportedModelError(
+                f"vLLM's transformers backend does not compute the experts of "
+                f"{self.config.model_type} as they are: their activation is not silu(gate) * up"
+            )
+        width = {layer: site.shape.intermediate for layer, site in sites.items()}
         factory = experts_factory(self.text_config, count_key(self.text_config))
         with replaced(backend, FusedMoEFactory=factory):
             super().recursive_replace()
