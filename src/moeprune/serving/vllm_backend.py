@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from vllm.logger import init_logger
 from vllm.model_executor.models.transformers import TransformersMoEForCausalLM
 from vllm.model_executor.models.transformers import moe as backend
 from vllm.model_executor.models.utils import extract_layer_index
@@ -21,6 +22,11 @@ from moeprune.models.sites import count_key, find_sites, is_swiglu, is_uneven, r
 from moeprune.models.uneven_runtime import install
 from moeprune.serving.vllm_experts import experts_factory
 from moeprune.serving.vllm_models import load_vectors, replaced
+
+TRIED = frozenset({"dots1", "ernie4_5_moe", "glm4_moe", "granitemoe", "hunyuan_v1_moe"})
+"""Model types that were compared with transformers, token by token: docs/serving.md."""
+
+_log = init_logger("vllm.moeprune")
 
 
 class PrunedTransformersForCausalLM(TransformersMoEForCausalLM):  # type: ignore[misc]
@@ -33,6 +39,11 @@ class PrunedTransformersForCausalLM(TransformersMoEForCausalLM):  # type: ignore
             UnsupportedModelError: the experts are no SwiGLU, or the backend left them to
                 transformers, or builds them wider or narrower than they are.
         """
+        if self.text_config.model_type not in TRIED:
+            _log.warning(
+                "%s has not been tried with moeprune's plugin: compare what it generates with "
+                "transformers", self.text_config.model_type,
+            )  # fmt: skip
         layers = layers_of(self.model)
         if is_uneven(self.text_config):
             install(self.model, **resize_facts(self.model, layers))
