@@ -32,6 +32,19 @@ _log = init_logger("vllm.moeprune")
 class PrunedTransformersForCausalLM(TransformersMoEForCausalLM):  # type: ignore[misc]
     """Any model of transformers whose experts vLLM's backend replaces."""
 
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        divisor = getattr(self.text_config, "logits_scaling", None)
+        if divisor is None:
+            return
+        # the backend does not know this key: greedy tokens are the same without, probabilities not
+        if not self.text_config.model_type.startswith("granite"):
+            raise UnsupportedModelError(
+                f"vLLM's transformers backend leaves out logits_scaling of {self.config.model_type}"
+            )
+        if hasattr(self, "logits_processor"):  # on the last rank of a pipeline
+            self.logits_processor.scale /= divisor
+
     def recursive_replace(self) -> None:
         """Build vLLM's modules for layers as config.json describes them.
 
