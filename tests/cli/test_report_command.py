@@ -16,7 +16,7 @@ from moeprune.core.method import make_method
 from moeprune.models.store import StatisticsStore
 from moeprune.pipeline import facts
 from moeprune.pipeline.inputs import Compute, Text
-from moeprune.pipeline.reporting import UNROUTED, Witness
+from moeprune.pipeline.reporting import UNROUTED, Witness, _originals_name
 from moeprune.report import intervals, wording
 from running import Done, Run
 
@@ -92,6 +92,11 @@ def test_prune_writes_a_report_and_names_it(
     assert "warning: no statistics" in done.err and "warning: no evaluation of less" in done.err
     known = data_of(page)
     assert known["rows"][0]["fates"][0].count("n") == 16 and known["served"][0] == []
+
+
+def test_a_result_called_original_is_not_taken_for_it() -> None:
+    assert _originals_name(Path("runs/less")) == "original"
+    assert _originals_name(Path("runs/original")) not in {"original", "less"}
 
 
 def test_what_a_witness_did_not_see_is_said(tmp_path: Path) -> None:

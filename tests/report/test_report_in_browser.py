@@ -10,6 +10,7 @@ import pytest
 from browser import chromium
 from fake_run import fake_run
 
+from moeprune.report import room
 from moeprune.report.html import render_report
 
 EVIL = "<img src=x onerror=alert(1)>\"'</script>\N{RIGHT-TO-LEFT OVERRIDE}ф"
@@ -23,7 +24,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Addresses of pages: an ordinary run, and one whose every name is hostile."""
+    """Addresses of pages: an ordinary run, one without typical tokens, one of hostile names."""
     folder = tmp_path_factory.mktemp("pages")
     hostile = fake_run()
     hostile["model"]["name"] = hostile["command"] = EVIL
@@ -32,8 +33,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     row = hostile["rows"][1]
     row["name"] = row["method"] = EVIL
     row["plan"] = {i: {**e, "scores": {EVIL: [0.5] * 32}} for i, e in row["plan"].items()}
+    wordless = fake_run()
+    wordless["atlas"] = room._trimmed(wordless["atlas"], {"tokens": [-1]}, set())
     found = {}
-    for name, run in (("plain", fake_run()), ("hostile", hostile)):
+    for name, run in (("plain", fake_run()), ("hostile", hostile), ("wordless", wordless)):
         path = folder / f"{name}.html"
         path.write_text(render_report(run), encoding="utf-8")
         found[name] = path.as_uri()
@@ -81,6 +84,14 @@ def test_it_opens_and_says_the_main_numbers(plain: Opened) -> None:
     panel = plain.page.inner_text("#atlas-panel")
     assert panel.startswith("Layer ")
     assert all(text in panel for text in ("german", "␣und", "moeits-50"))
+
+
+def test_an_atlas_whose_tokens_had_no_room(browser: Any, files: dict[str, str]) -> None:
+    opened = Opened(browser, files["wordless"])
+    panel = opened.page.inner_text("#atlas-panel")
+    assert "german" in panel and "␣und" not in panel and "moeits-50" in panel
+    assert "␣und" not in opened.page.content()
+    opened.close()
 
 
 def test_the_atlas_is_walked_by_keyboard(plain: Opened) -> None:

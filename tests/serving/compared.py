@@ -10,7 +10,8 @@ LEAST = {"bfloat16": 0.9, "float32": 0.99}
 """Share of decisions behind equal prefixes that must agree."""
 
 FLOAT32_TIE = 0.01
-"""In float32 a step is undecided if two tokens are closer than this (nats)."""
+"""In float32 a step is undecided if two tokens are closer than this (nats), and log-probabilities
+differ by less: what scales all logits, or another activation, need not change the largest."""
 
 
 @dataclass
@@ -57,4 +58,6 @@ class Compared:
         tie = FLOAT32_TIE if dtype == "float32" else 2 * max(self.noise)
         if self.gaps and max(self.gaps) > tie:
             found.append(f"differs where the reference was sure: by {max(self.gaps):.3f} nats")
+        if dtype == "float32" and self.moved and max(self.moved) > FLOAT32_TIE:
+            found.append(f"log-probabilities differ by up to {max(self.moved):.3f} nats")
         return found

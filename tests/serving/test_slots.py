@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from families import tiny_model
 from moeprune.errors import CheckpointError, MoepruneError
 from moeprune.models.answer_runtime import AnsweringExperts
 from moeprune.models.novice_runtime import NoviceExperts
+from moeprune.models.sites import is_experts, is_swiglu
 from moeprune.serving import plugin
 from moeprune.serving.slots import Slots, added_output, index_tensors
 
@@ -156,3 +158,17 @@ def test_models_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, plugin.MODELS, raising=False)
     with pytest.raises(MoepruneError, match="does not have what the plugin builds on"):
         __import__(plugin.MODELS)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "served"),
+    [
+        ("glm4_moe", {}, True),
+        ("glm4_moe", {"hidden_act": "gelu"}, False),
+        ("gpt_oss", {}, False),  # limits, and another slope
+        ("nemotron_h", {}, False),  # no gate
+    ],
+)
+def test_experts_that_servers_compute(model_type: str, keys: dict[str, Any], served: bool) -> None:
+    model = tiny_model(model_type, **keys)
+    assert {is_swiglu(experts) for experts in model.modules() if is_experts(experts)} == {served}

@@ -10,7 +10,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn import functional
 
 from moeprune.core.shapes import ROLES, LayerShape
 from moeprune.errors import UnsupportedModelError
@@ -52,6 +54,22 @@ class MoESite:
 def is_experts(module: nn.Module) -> bool:
     """Whether a module follows the experts interface of transformers."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
+def is_swiglu(experts: nn.Module) -> bool:
+    """Whether experts compute silu(gate) * up; by trying it, as families differ in more than names.
+
+    Others have another activation, limits, or no gate.
+    """
+    module: Any = experts
+    if not module.has_gate:
+        return False
+    row_J = torch.linspace(-100.0, 100.0, 128, device="cpu", dtype=torch.float32)
+    both_2J = torch.stack([row_J, row_J.flip(0)])
+    tried_4J = torch.cat([both_2J, both_2J / 50.0])
+    gate_4I, up_4I = tried_4J.chunk(2, dim=-1)
+    made_4I: torch.Tensor = module._apply_gate(tried_4J)
+    return torch.allclose(made_4I, functional.silu(gate_4I) * up_4I, rtol=1e-5, atol=1e-6)
 
 
 def find_sites(model: nn.Module, layer_prefix: str) -> dict[int, MoESite]:

@@ -205,7 +205,7 @@ class Witness:
         base["experts"] = max([base["experts"], *(p.experts for p in first.plan.layers.values())])
         base |= {"parameters": first.sizes.parameters[0], "bytes": first.sizes.bytes[0]}
         original = {
-            "name": "original", "method": None, "experts": first.sizes.experts[0],
+            "name": _originals_name(out), "method": None, "experts": first.sizes.experts[0],
             "experts_before": first.sizes.experts[0], "parameters": base["parameters"],
             "nonzero_parameters": first.sizes.nonzero[0], "bytes": base["bytes"],
             "perplexity": {}, "seconds": {},
@@ -247,7 +247,7 @@ class Witness:
         try:
             original = Checkpoint.open(self.source, trust)
             models = {
-                "original": self.compute.open(original),
+                _originals_name(out): self.compute.open(original),
                 out.resolve().name: self.compute.open(Checkpoint.open(out, trust)),
             }
             domains = read_beginnings(original, self.text, SHORT)
@@ -258,6 +258,11 @@ class Witness:
         if unseen:
             return {}, [f"{UNROUTED}that of {' and '.join(unseen)} cannot be observed"]
         return {"routing": found}, []
+
+
+def _originals_name(out: Path) -> str:
+    """What the original is called beside the result, which may be in a folder of that name."""
+    return "original" if out.resolve().name != "original" else "the original"
 
 
 def _row(out: Path, steps: Sequence[StepDone], names: Sequence[str]) -> dict[str, Any]:

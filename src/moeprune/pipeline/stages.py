@@ -127,7 +127,8 @@ def prune(  # noqa: PLR0913  (what calibrate, plan and apply take, together)
     read for the method.
 
     Raises:
-        MoepruneError: anything the user can mend; nothing is left behind.
+        MoepruneError: anything the user can mend. ``out`` is not there then; what took long stays
+            beside it, for the same command.
     """
     chosen = method if isinstance(method, Method) else make_method(method, options)
     text = replace(text, seed=seed)

@@ -138,6 +138,8 @@ def _trimmed(atlas: Mapping[str, Any], gone: Mapping[str, Any], names: set[str])
             index: {name: part for name, part in entry.items() if name not in whole}
             for index, entry in atlas["layers"].items()
         }
+    if "tokens" in whole:
+        found["tokens"] = []  # their texts
     routing = atlas.get("routing")
     if names and routing:
         rows = {name: row for name, row in routing["rows"].items() if name not in names}

@@ -86,7 +86,12 @@ class SlottedExperts(RoutedExperts):  # type: ignore[misc]
                 )
             return self.slots.stored_name(name)
         assert self.added_value is not None
-        self.added_value.data[row].copy_(tensor)
+        into = self.added_value.data[row]
+        if tensor.shape != into.shape:  # copy_ would repeat a smaller one
+            raise CheckpointError(
+                f"{self.layer_name}: {name} is {list(tensor.shape)}, not {list(into.shape)}"
+            )
+        into.copy_(tensor)
         added = self.slots.added
         self.missing -= {added[row]} if isinstance(row, int) else set(added)
         return None

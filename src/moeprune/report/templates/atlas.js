@@ -179,10 +179,11 @@
     about.append(facts(l, e));
     if (data.served[l].length && sum(data.served[l][e])) {
       domain.append(domains(l, e));
-      if (data.typical[l][e].length) {
+      const typical = data.typical[l][e]; // undefined where tokens were left out of the page
+      if (typical?.length) {
         about.append(make("h4", "Most typical tokens, how much more often than in the whole layer, and how many"), tokens(l, e));
-      } else about.append(make("p", "No token stands out.", "aside"));
-    } else about.append(make("p", data.served[l].length ? "No token of the calibration text reached it." : "Domains and tokens were not counted in this run.", "aside"));
+      } else if (typical) about.append(make("p", "No token stands out.", "aside"));
+    } else about.append(make("p", data.served[l].length ? "No token of the calibration text reached it." : "Domains and tokens were not counted in this run, or left out of this page.", "aside"));
     if (data.rows.length) result.append(outcomes(l, e));
     panel.replaceChildren(make("h3", `Layer ${data.layers[l]}, expert ${e}`), ...[about, domain, result].filter((part) => part.childNodes.length));
     grid.querySelector(".shown")?.classList.remove("shown");
