@@ -182,6 +182,19 @@ def test_sizes_are_those_of_the_tensors(tiny: Tiny) -> None:
     assert not sizes(tiny("olmoe"), chunks=False).chunks
 
 
+def test_the_work_of_experts_is_not_counted_twice(tiny: Tiny) -> None:
+    """A walk that observes chunks never runs the model's own experts, which take all slots at once.
+
+    Llama 4 gives every token to every expert, which a count of the chosen ones would miss.
+    """
+    of = {"needs": ("routing",)}
+    assert sizes(tiny("olmoe"), chunks=True, **of).work < sizes(tiny("olmoe"), **of).work
+    model = opened(tiny("llama4_text"))
+    shape = next(iter(model.sites.values())).shape
+    every = 48 * shape.experts * (shape.hidden + 4 * shape.intermediate) * 4
+    assert sizes(tiny("llama4_text")).work >= every
+
+
 def test_a_visit_cannot_change_weights_that_are_not_there(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
