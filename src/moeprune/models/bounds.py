@@ -66,6 +66,7 @@ class Load:
         chunks: whether the experts of a layer may be loaded some at a time.
         shared: whether batches hand their states to each other.
         logits: whether they go on through the head.
+        offset: batches that other processes have before these.
     """
 
     tokens: Sequence[tuple[int, int]]
@@ -74,6 +75,7 @@ class Load:
     chunks: bool = False
     shared: bool = False
     logits: bool = True
+    offset: int = 0
 
 
 def bounded(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | None]:
@@ -164,6 +166,7 @@ def sizes_of(model: LayeredModel, load: Load) -> Sizes:
         statistics=_statistics(model, load.needs),
         workers=load.workers,
         chunks=load.chunks and whole_only(model) is None,
+        offset=load.offset,
     )
 
 
