@@ -12,8 +12,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import published
 import scale_model as sim
 
+SLOW = {"Kimi-K2", "Qwen3-30B-A3B"}
+"""Of many experts; DeepSeek-V3 and OLMoE are of their kinds."""
 
-@pytest.mark.parametrize("name", sorted(published.MODELS))
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(published.MODELS)],
+)
 def test_counts_are_as_printed(name: str) -> None:
     """Totals to the digits that the publisher prints; nothing is allocated.
 
