@@ -95,16 +95,17 @@ def _group(limit: int) -> Iterator[_Group]:
         except OSError:
             continue
         try:
-            if not (folder / files[0]).is_file():
+            try:
+                if not (folder / files[0]).is_file():
+                    continue
+                (folder / files[0]).write_text(str(limit))
+                if (folder / files[1]).is_file():  # no swap
+                    (folder / files[1]).write_text("0" if "swap" in files[1] else str(limit))
+            except OSError:
                 continue
-            (folder / files[0]).write_text(str(limit))
-            if (folder / files[1]).is_file():  # no swap
-                (folder / files[1]).write_text("0" if "swap" in files[1] else str(limit))
             join = ("sh", "-c", 'echo $$ > "$0" && exec "$@"', str(folder / "cgroup.procs"))
             yield _Group(how, folder, join, peak)
             return
-        except OSError:
-            continue
         finally:
             folder.rmdir()
     if shutil.which("systemd-run"):

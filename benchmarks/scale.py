@@ -22,20 +22,20 @@ PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 MODELS = ("Mixtral-8x22B", "DeepSeek-V3", "Kimi-K2")
 ASSUMED = {
     "workstation": {
-        "nodes": 1, "cores": 16, "read": 7.0e9, "write": 5.0e9, "shared": None,
-        "flops": 165e12, "link": 25e9, "memory": 128 * 2**30,
+        "nodes": 1, "devices": 1, "cores": 16, "read": 7.0e9, "write": 5.0e9, "shared": None,
+        "flops": 165e12, "link": 25e9, "memory": 128 * 2**30, "device_memory": 24e9,
         "what": "16 cores, 128 GiB, one NVMe disk (PCIe 4), one GPU of 24 GB: 165 TFLOP/s bf16, "
         "PCIe 4 x16",
     },
     "8-GPU node": {
-        "nodes": 1, "cores": 96, "read": 25e9, "write": 15e9, "shared": None,
-        "flops": 8 * 989e12, "link": 8 * 50e9, "memory": 2048 * 2**30,
+        "nodes": 1, "devices": 8, "cores": 96, "read": 25e9, "write": 15e9, "shared": None,
+        "flops": 989e12, "link": 50e9, "memory": 2048 * 2**30, "device_memory": 80e9,
         "what": "96 cores, 2 TiB, eight NVMe disks, eight GPUs of 80 GB: 989 TFLOP/s bf16 each, "
         "PCIe 5 x16 each",
     },
     "64-node cluster": {
-        "nodes": 64, "cores": 96, "read": 10e9, "write": 10e9, "shared": 200e9,
-        "flops": 8 * 989e12, "link": 8 * 50e9, "memory": 2048 * 2**30,
+        "nodes": 64, "devices": 8, "cores": 96, "read": 10e9, "write": 10e9, "shared": 200e9,
+        "flops": 989e12, "link": 50e9, "memory": 2048 * 2**30, "device_memory": 80e9,
         "what": "64 of those nodes; shared storage of 200 GB/s in all, 10 GB/s per node",
     },
 }  # fmt: skip
@@ -46,18 +46,17 @@ def machines(found: dict[str, Any]) -> dict[str, sim.Machine]:
     """The assumed machines: sheets for what they are, measured constants for how it is used.
 
     Of the GPUs' sheet value the walk is taken to attain the part that it attains here of this CPU's
-    products. Work of the CPU (conversion, fp8, NMI) has this machine's speed per core; one core
-    converts per device.
+    products. Work of the CPU (conversion, fp8, NMI, checksums) has this machine's speed per core;
+    every device has a process, and each of them converts all layers with one core.
     """
     made = {}
     for name, sheet in ASSUMED.items():
-        devices = 8 if "8" in name or sheet["nodes"] > 1 else 1
         made[name] = sim.Machine(
             name=name, nodes=sheet["nodes"], read=sheet["read"], shared=sheet["shared"],
-            write=sheet["write"], flops=sheet["flops"] * found["attained"], link=sheet["link"],
-            load=found["load"] * devices, decode=found["decode"] * devices,
-            cores=sheet["cores"], nmi=found["nmi_one_core"], memory=sheet["memory"],
-            start=found["start"],
+            write=sheet["write"], devices=sheet["devices"], device_memory=sheet["device_memory"],
+            flops=sheet["flops"] * found["attained"], link=sheet["link"], load=found["load"],
+            decode=found["decode"], digest=found["sha256"], cores=sheet["cores"],
+            nmi=found["nmi_one_core"], memory=sheet["memory"], start=found["start"],
         )  # fmt: skip
     return made
 
@@ -85,19 +84,25 @@ def flops_of(count: float) -> str:
 def table(shapes: sim.Shapes, machine: sim.Machine, work: sim.Work) -> list[str]:
     """One model on one machine."""
     lines = [
-        "| stage | read | written | FLOP | time | bound by | memory per node |",
-        "|---|---|---|---|---|---|---|",
+        "| stage | read | written | FLOP | time | bound by | memory per node | per device |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for stage in sim.STAGES:
         cost = stage(shapes, machine, work)
-        memory = f"{cost.memory / 2**30:.1f} GiB"
-        if cost.memory > machine.memory:
-            memory += " (more than there is)"
+        memory = _room(cost.memory, machine.memory)
+        device = _room(cost.on_device, machine.device_memory) if cost.on_device else "–"
         lines.append(
             f"| {cost.stage} | {size_of(cost.read)} | {size_of(cost.written)} | "
-            f"{flops_of(cost.flops)} | {time_of(cost.seconds)} | {cost.bound} | {memory} |"
+            f"{flops_of(cost.flops)} | {time_of(cost.seconds)} | {cost.bound} | {memory} | "
+            f"{device} |"
         )
     return lines
+
+
+def _room(needed: float, there: float | None) -> str:
+    """Bytes, and whether there are so many."""
+    size = f"{needed / 2**30:.1f} GiB"
+    return size if there is None or needed <= there else f"{size} (more than there is)"
 
 
 def constants_table(found: dict[str, Any]) -> list[str]:
@@ -105,11 +110,13 @@ def constants_table(found: dict[str, Any]) -> list[str]:
     rate = {
         "read": ("disk, reading", 1e9, "GB/s"),
         "write": ("disk, writing and fsync", 1e9, "GB/s"),
-        "flops": ("bf16 products, all devices", 1e12, "TFLOP/s"),
+        "flops": ("bf16 products, a device; here all cores", 1e12, "TFLOP/s"),
         "link": ("to the device", 1e9, "GB/s"),
         "shared": ("storage shared by all nodes", 1e9, "GB/s"),
-        "cores": ("cores", 1, ""),
-        "memory": ("memory", 2**30, "GiB"),
+        "devices": ("devices per node", 1, ""),
+        "device_memory": ("memory of a device", 2**30, "GiB"),
+        "cores": ("cores per node", 1, ""),
+        "memory": ("memory per node", 2**30, "GiB"),
     }
     lines = [
         f"| | measured here | {' | '.join(f'{name}, assumed' for name in ASSUMED)} |",

@@ -168,8 +168,9 @@ def here(found: dict[str, Any]) -> sim.Machine:
     """The machine that was measured."""
     return sim.Machine(
         name="the machine that was measured", nodes=1, read=found["read"], shared=None,
-        write=found["write"], flops=found["flops"] * found["attained"], link=None,
-        load=found["load"], decode=found["decode"], cores=found["cores"],
+        write=found["write"], devices=1, device_memory=None,
+        flops=found["flops"] * found["attained"], link=None, load=found["load"],
+        decode=found["decode"], digest=found["sha256"], cores=found["cores"],
         nmi=found["nmi_one_core"], memory=found["memory"], start=found["start"],
     )  # fmt: skip
 

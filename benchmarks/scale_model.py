@@ -117,10 +117,13 @@ class Machine:
         read: bytes from the disk, per node.
         shared: bytes from storage that all nodes share; None where each has its own copy.
         write: bytes to the disk.
-        flops: of products of 16-bit matrices, all of a node's devices, as the walk attains them.
-        link: bytes to the device that computes; None where that is the CPU.
-        load: bytes through the conversion of a layer, per node: copies in memory.
-        decode: parameters decoded from fp8.
+        devices: per node; each has a process, which loads all layers for its share of the tokens.
+        device_memory: bytes of one of them; None where the CPU computes.
+        flops: of products of 16-bit matrices, of one device, as the walk attains them.
+        link: bytes to a device; None where that is the CPU.
+        load: bytes through the conversion of a layer, per process: copies in memory.
+        decode: parameters decoded from fp8, per core.
+        digest: bytes through SHA-256, by one core.
         cores: of the CPU, per node.
         nmi: entries of two matrices compared, per core.
         memory: bytes of RAM per node.
@@ -132,14 +135,26 @@ class Machine:
     read: float
     shared: float | None
     write: float
+    devices: int
+    device_memory: float | None
     flops: float
     link: float | None
     load: float
     decode: float
+    digest: float
     cores: int
     nmi: float
     memory: float
     start: float
+
+    @property
+    def processes(self) -> int:
+        """Of all nodes."""
+        return self.nodes * self.devices
+
+    def alone(self) -> Machine:
+        """One process, on one node with one device."""
+        return replace(self, nodes=1, devices=1)
 
     def read_per_node(self) -> float:
         """Bytes per second that one node gets while all read the same."""
@@ -167,6 +182,7 @@ class Cost:
         flops: of all nodes.
         seconds: in all; ``parts`` are the seconds of what may bound it.
         memory: bytes in RAM of one node.
+        on_device: bytes on each device; 0 where none is used.
     """
 
     stage: str
@@ -176,6 +192,7 @@ class Cost:
     parts: dict[str, float]
     seconds: float
     memory: float
+    on_device: float = 0
 
     @property
     def bound(self) -> str:
@@ -191,25 +208,41 @@ def walk_flops(shapes: Shapes, tokens: int, length: int, head: bool = False) -> 
 
 
 def walk(
-    stage: str, shapes: Shapes, machine: Machine, tokens: int, length: int, head: bool
+    stage: str,
+    shapes: Shapes,
+    machine: Machine,
+    tokens: int,
+    length: int,
+    head: bool,
+    itemsize: int = 2,
 ) -> Cost:
-    """Every layer once: read, converted, computed; the next is read meanwhile."""
+    """Every layer once: one thread reads, converts and moves it while the last one computes.
+
+    Each process does so for all layers; the first of a node reads from the disk. ``itemsize`` are
+    bytes of a parameter in memory.
+    """
     layers = shapes.bytes * (1 - shapes.resident / shapes.total)
-    values = (shapes.total - shapes.resident) * 2.0  # bf16 in memory
-    reading = layers / machine.read_per_node()
-    converting = values / machine.load
+    values = (shapes.total - shapes.resident) * float(itemsize)
+    loading = {"disk": layers / machine.read_per_node(), "conversion": values / machine.load}
     if shapes.width == 1:
-        converting += (shapes.total - shapes.resident) / machine.decode
-    flops = walk_flops(shapes, tokens, length, head)
-    parts = {"disk": reading, "arithmetic": flops / machine.nodes / machine.flops}
+        loading["conversion"] += (shapes.total - shapes.resident) / machine.decode
     if machine.link is not None:
-        parts["link"] = values / machine.link
-    parts["conversion"] = converting
-    hidden = 3 * tokens / machine.nodes * shapes.hidden * 2
-    memory = 2 * shapes.largest * 2.0 + shapes.resident * 2.0 + hidden
-    # the first layer is read before anything is computed
-    seconds = max(parts.values()) + (reading + converting) / shapes.layers
-    return Cost(stage, layers, 0, flops, parts, seconds + machine.start, memory)
+        loading["link"] = values / machine.link
+    flops = walk_flops(shapes, tokens, length, head)
+    parts = loading | {"arithmetic": flops / machine.processes / machine.flops}
+    hidden = 3 * tokens / machine.processes * shapes.hidden * itemsize
+    held = float(itemsize) * (2 * shapes.largest + shapes.resident) + hidden
+    beside = machine.device_memory is not None
+    # a device has what is computed with, its process at most the layer that is being converted
+    memory = machine.devices * (float(itemsize) * shapes.largest if beside else held)
+    seconds = _walk_seconds(parts, shapes.layers) + machine.start
+    return Cost(stage, layers, 0, flops, parts, seconds, memory, held if beside else 0)
+
+
+def _walk_seconds(parts: dict[str, float], layers: int) -> float:
+    """The first layer is loaded before anything is computed."""
+    loading = sum(seconds for part, seconds in parts.items() if part != "arithmetic")
+    return max(loading, parts["arithmetic"]) + loading / layers
 
 
 def calibrate(shapes: Shapes, machine: Machine, work: Work) -> Cost:
@@ -227,13 +260,15 @@ def plan_scores(shapes: Shapes, machine: Machine, work: Work) -> Cost:
 
 def plan_nmi(shapes: Shapes, machine: Machine, work: Work) -> Cost:
     """``moeits``: every pair of experts of a layer, each of their matrices; layers over nodes."""
-    read = shapes.moe * shapes.experts * shapes.expert * shapes.width / machine.nodes
-    pairs = shapes.experts * (shapes.experts - 1) / 2 * shapes.moe
-    entries = pairs * shapes.expert
+    layers = -(-shapes.moe // machine.nodes)  # of the node that has most
+    entries = layers * shapes.experts * shapes.expert
+    read = entries * shapes.width
     parts = {
         "disk": read / machine.read_per_node(),
-        "comparing": entries / (machine.nmi * machine.cores * machine.nodes),
+        "comparing": entries * (shapes.experts - 1) / 2 / (machine.nmi * machine.cores),
     }
+    if shapes.width == 1:
+        parts["decoding"] = entries / machine.decode
     # codes are kept of one role's matrices, two bytes an entry
     memory = shapes.experts * shapes.expert / 3 * 2.0 + shapes.largest * 2.0
     return Cost("plan: NMI", read, 0, 0, parts, sum(parts.values()) + machine.start, memory)
@@ -243,15 +278,19 @@ def plan_walk(shapes: Shapes, machine: Machine, work: Work) -> Cost:
     """A method that edits as it goes (``sparsegpt``, ``dern``): the layers twice in one walk."""
     once = walk("plan: walk", shapes, machine, work.calibrate, work.length, head=False)
     parts = once.parts | {"arithmetic": 2 * once.parts["arithmetic"]}
-    seconds = once.seconds + max(parts.values()) - max(once.parts.values())
+    seconds = _walk_seconds(parts, shapes.layers) + machine.start
     return replace(once, parts=parts, flops=2 * once.flops, seconds=seconds)
 
 
 def apply(shapes: Shapes, machine: Machine, work: Work) -> Cost:
-    """What is kept is read and written, by one process."""
+    """What is kept is read and written, by one process, and a thread takes its checksum."""
     kept = float(shapes.pruned(work.ratio).bytes)
     reading, writing = kept / machine.read, kept / machine.write
-    parts = {"disk, reading": reading, "disk, writing": writing}
+    parts = {
+        "disk, reading": reading,
+        "disk, writing": writing,
+        "checksum": kept / machine.digest,
+    }
     memory = 64e6
     return Cost("apply", kept, kept, 0, parts, max(parts.values()) + machine.start, memory)
 
@@ -259,39 +298,59 @@ def apply(shapes: Shapes, machine: Machine, work: Work) -> Cost:
 def recover(shapes: Shapes, machine: Machine, work: Work) -> Cost:
     """Layer by layer: teacher and student walked, and the student's layers trained on.
 
-    A pass of the student with gradients is three forward passes.
+    Both are in float32, by one process. A pass of the student with gradients is three forward
+    passes.
     """
-    pruned = shapes.pruned(work.ratio)
+    pruned, one = shapes.pruned(work.ratio), machine.alone()
     tokens, length = work.recover, min(work.length, 512)
-    teacher = walk("recover", shapes, machine, tokens, length, head=False)
-    student = walk("recover", pruned, machine, tokens, length, head=False)
+    teacher = walk("recover", shapes, one, tokens, length, head=False, itemsize=4)
+    student = walk("recover", pruned, one, tokens, length, head=False, itemsize=4)
     flops = teacher.flops + 4 * student.flops
     parts = {
         key: teacher.parts[key] + student.parts[key] * (4 if key == "arithmetic" else 1)
         for key in teacher.parts
     }
-    # weights, gradients and two moments of the trained layer in float32
-    memory = teacher.memory + pruned.largest * (2.0 + 16.0)
-    seconds = max(parts.values()) + machine.start
-    written = pruned.bytes
-    return Cost("recover", teacher.read + student.read, written, flops, parts, seconds, memory)
+    # gradients, two moments, and the best weights so far, of the trained layer in float32
+    beside = 16.0 * pruned.largest
+    seconds = _walk_seconds(parts, shapes.layers) + machine.start
+    memory, on_device = teacher.memory + student.memory, teacher.on_device + student.on_device
+    if one.device_memory is None:
+        memory += beside
+    else:
+        on_device += beside
+    return Cost(
+        "recover",
+        teacher.read + student.read,
+        pruned.bytes,
+        flops,
+        parts,
+        seconds,
+        memory,
+        on_device,
+    )
 
 
 def evaluate(shapes: Shapes, machine: Machine, work: Work) -> Cost:
-    """The original and the result walked over the same windows, with logits."""
-    both = [
+    """The original and the result walked over the same windows, with logits.
+
+    What the first walk leaves, its hidden states and what is outside the layers, stays meanwhile.
+    """
+    first, second = (
         walk("evaluate", model, machine, work.evaluate, work.length, head=True)
         for model in (shapes, shapes.pruned(work.ratio))
-    ]
-    parts = {key: sum(cost.parts[key] for cost in both) for key in both[0].parts}
+    )
+    hidden = 3 * work.evaluate / machine.processes * shapes.hidden * 2
+    left = shapes.resident * 2.0 + hidden
+    beside = machine.device_memory is not None
     return Cost(
         "evaluate",
-        sum(cost.read for cost in both),
+        first.read + second.read,
         0,
-        sum(cost.flops for cost in both),
-        parts,
-        sum(cost.seconds for cost in both) - machine.start,
-        both[0].memory,
+        first.flops + second.flops,
+        {key: first.parts[key] + second.parts[key] for key in first.parts},
+        first.seconds + second.seconds - machine.start,
+        first.memory + (0 if beside else machine.devices * left),
+        first.on_device + (left if beside else 0),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeprune.core.folding import held
 from moeprune.core.memory import Decision, Sizes, decide, describe, peak, show, smallest_budget
 from moeprune.core.targets import parse_size
 from moeprune.errors import BudgetError
@@ -41,6 +42,13 @@ def test_what_is_given_up_first(budget: int, expected: tuple[int, bool, int, int
 
 def test_a_model_that_is_walked_later_keeps_its_room() -> None:
     assert decide(SIZES, 2320 * MIB, later=100 * MIB).in_memory == 3
+
+
+def test_sums_that_wait_for_other_processes_take_memory() -> None:
+    """Of the batches 37 to 56 a process holds more sums than of the first twenty."""
+    first, way = replace(SIZES, source=0), Decision(0, False, 1, 8)
+    later = replace(first, offset=37)
+    assert peak(later, way) - peak(first, way) == (held(20, 37) - held(20)) * SIZES.statistics > 0
 
 
 def test_too_little_names_what_works() -> None:

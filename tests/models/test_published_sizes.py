@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import published
 import scale_model as sim
 
+SLOW = {"Kimi-K2", "Qwen3-30B-A3B"}
+"""Of many experts; DeepSeek-V3 and OLMoE are of their kinds."""
 
-@pytest.mark.parametrize("name", sorted(published.MODELS))
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(published.MODELS)],
+)
 def test_counts_are_as_printed(name: str) -> None:
     """Totals to the digits that the publisher prints; nothing is allocated.
 
@@ -39,13 +46,43 @@ def test_pruned_shapes_lose_what_goes() -> None:
     assert shapes.bytes - fewer.bytes == 2 * (shapes.total - fewer.total)
 
 
+def machine(**given: Any) -> sim.Machine:
+    """One on which nothing takes time but what is given."""
+    free = dict.fromkeys(("read", "write", "flops", "load", "decode", "digest", "nmi"), 1e30)
+    rest = {"nodes": 1, "devices": 1, "cores": 1, "shared": None, "link": None, "start": 0.0}
+    return sim.Machine(**{"name": "m", "memory": 1e9, "device_memory": None} | rest | free | given)
+
+
 def test_the_slowest_part_bounds_a_walk() -> None:
     shapes = sim.shapes_of("OLMoE-1B-7B")
-    fast = sim.Machine("m", 1, 1e15, None, 1e15, 1e9, None, 1e15, 1e15, 1, 1e9, 1e9, 0.0)
-    slow = sim.walk("walk", shapes, fast, 8192, 512, head=False)
+    slow = sim.walk("walk", shapes, machine(flops=1e9), 8192, 512, head=False)
     assert slow.bound == "arithmetic"
     assert slow.seconds == pytest.approx(slow.flops / 1e9, rel=1e-3)
-    reading = sim.Machine("m", 1, 1e6, None, 1e15, 1e30, None, 1e15, 1e15, 1, 1e9, 1e9, 0.0)
-    read = sim.walk("walk", shapes, reading, 8192, 512, head=False)
+    read = sim.walk("walk", shapes, machine(read=1e6), 8192, 512, head=False)
     assert read.bound == "disk"
     assert read.seconds == pytest.approx(read.read / 1e6 * 17 / 16)
+    both = sim.walk("walk", shapes, machine(read=1e6, load=1e6), 8192, 512, head=False)
+    assert both.seconds == pytest.approx(2 * read.seconds)  # one thread reads, then converts
+
+
+def test_every_process_loads_all_layers() -> None:
+    shapes = sim.shapes_of("OLMoE-1B-7B")
+    gpu = {"link": 1e9, "device_memory": 8e10, "flops": 1e12, "load": 1e9}
+    one, eight = (
+        sim.walk("walk", shapes, machine(devices=n, **gpu), 8192, 512, head=False) for n in (1, 8)
+    )
+    assert one.parts["conversion"] == eight.parts["conversion"]
+    assert one.parts["link"] == eight.parts["link"]
+    assert one.parts["arithmetic"] == pytest.approx(8 * eight.parts["arithmetic"])
+    assert 8 * one.memory == eight.memory
+    weights = 2 * (2 * shapes.largest + shapes.resident)
+    assert one.on_device - weights == pytest.approx(8 * (eight.on_device - weights))
+
+
+def test_layers_of_a_plan_and_checksums_bound_what_they_do() -> None:
+    shapes, work = sim.shapes_of("OLMoE-1B-7B"), sim.Work()
+    times = [sim.plan_nmi(shapes, machine(nodes=n, nmi=1e9), work).seconds for n in (1, 9, 16, 64)]
+    assert times == pytest.approx([16 * times[-1], 2 * times[-1], times[-1], times[-1]])
+    applied = sim.apply(shapes, machine(digest=1e9), work)
+    assert applied.bound == "checksum"
+    assert applied.seconds == pytest.approx(applied.written / 1e9)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moeprune.core.folding import Fold, levels
+from moeprune.core.folding import Fold, held
 from moeprune.errors import MoepruneError
 from moeprune.models.ranks import ALONE, dealt, launched, run_of
 
@@ -57,12 +57,17 @@ def test_runs_put_together_are_added_up_like_one(parts: int) -> None:
         assert total(top) == whole
 
 
-@pytest.mark.parametrize("parts", [1, 8, 9, 80, 600])
-def test_as_many_sums_are_held_as_there_are_levels(parts: int) -> None:
-    fold: Fold[Order] = Fold()
+@pytest.mark.parametrize(
+    ("parts", "start", "sums"),
+    [(0, 0, 1), (1, 0, 1), (8, 0, 1), (9, 0, 2), (73, 0, 3), (600, 0, 4), (11, 5, 4), (64, 37, 8)],
+)
+def test_sums_held_at_once(parts: int, start: int, sums: int) -> None:
+    """One per level; a run from the middle also holds what waits for its neighbours."""
+    assert held(parts, start) == sums
+    fold: Fold[Order] = Fold(start)
     for index in range(parts):
         fold.add(Order(index))
-        assert len(fold.pieces()) <= levels(parts)
+        assert len(fold.pieces()) <= sums
 
 
 @pytest.mark.parametrize(("count", "size"), [(7, 3), (4, 4), (2, 4), (100, 7)])

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def launch(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start_processes(process, (size, port, folder, page, methods), size, start_method="spawn")
+    # what takes longest is imported once for all of them
+    set_forkserver_preload([calibrate.__module__, evaluate.__module__, plan.__module__])
+    start_processes(process, (size, port, folder, page, methods), size, start_method="forkserver")
     return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(size)]
 
 

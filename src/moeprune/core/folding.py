@@ -10,6 +10,7 @@ of the number of parts (pairwise summation, Higham 1993, doi:10.1137/0914050).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
 FANOUT = 8
@@ -27,12 +28,24 @@ class Mergeable(Protocol):
 S = TypeVar("S", bound=Mergeable)
 
 
-def levels(parts: int) -> int:
-    """How many sums a run of so many parts from the first holds at once."""
-    found = 1
-    while parts > FANOUT:
-        parts, found = parts // FANOUT, found + 1
+@lru_cache
+def held(parts: int, start: int = 0) -> int:
+    """How many sums a run of so many parts from ``start`` on holds at once, at most.
+
+    One per level, and what waits for its neighbours in another run: fewer than eight per level.
+    """
+    fold, found = Fold[_Nothing](start), 1
+    for _ in range(parts):
+        fold.add(_Nothing())
+        found = max(found, fold.held)
     return found
+
+
+class _Nothing:
+    """A part without content."""
+
+    def merge(self, other: _Nothing) -> None:
+        """Nothing is added."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,11 @@ class Fold(Generic[S]):
                 return
             del self._open[level]
             begin, span, level = node, size, level + 1
+
+    @property
+    def held(self) -> int:
+        """How many sums there are now."""
+        return len(self._whole) + len(self._open)
 
     def pieces(self) -> list[Piece[S]]:
         """What was added, in order, as far as it could be summed without what stands before it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moeprune.core.folding import levels
+from moeprune.core.folding import held as sums_held
 from moeprune.errors import BudgetError
 
 
@@ -33,6 +33,7 @@ class Sizes:
         statistics: one set of sums of a layer.
         workers: batches that compute at once, at most.
         chunks: whether experts can be loaded some at a time.
+        offset: batches that other processes have before these.
     """
 
     base: int
@@ -48,6 +49,7 @@ class Sizes:
     statistics: int
     workers: int
     chunks: bool = True
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def peak(sizes: Sizes, decision: Decision) -> int:
     workers = min(decision.workers, max(1, sizes.batches))
     held = sizes.base + sizes.resident + decision.in_memory * sizes.hidden
     # in flight, waiting to be added, and what a sum of so many parts holds
-    sets = workers + 1 + levels(max(1, sizes.batches))
+    sets = workers + 1 + sums_held(sizes.batches, sizes.offset)
     computing = workers * (sizes.work + sizes.hidden) + sets * sizes.statistics
     layer, source = sizes.layer, sizes.source
     if decision.chunk < sizes.experts:

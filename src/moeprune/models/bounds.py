@@ -20,6 +20,7 @@ from moeprune.models.process import resident_memory
 
 if TYPE_CHECKING:
     from moeprune.models.loading import LayeredModel
+    from moeprune.models.sites import MoESite
 
 RESIDENT = -1
 """Key of the tensors outside the decoder layers: embeddings, final norm, head."""
@@ -65,6 +66,7 @@ class Load:
         chunks: whether the experts of a layer may be loaded some at a time.
         shared: whether batches hand their states to each other.
         logits: whether they go on through the head.
+        offset: batches that other processes have before these.
     """
 
     tokens: Sequence[tuple[int, int]]
@@ -73,6 +75,7 @@ class Load:
     chunks: bool = False
     shared: bool = False
     logits: bool = True
+    offset: int = 0
 
 
 def bounded(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | None]:
@@ -158,11 +161,12 @@ def sizes_of(model: LayeredModel, load: Load) -> Sizes:
         experts=max((site.shape.experts for site in model.sites.values()), default=1),
         batches=len(load.tokens),
         hidden=_STATES * tokens * _width(model),
-        work=_work(model, *largest),
+        work=_work(model, load, *largest),
         logits=_logits(model, tokens) if load.logits else 0,
         statistics=_statistics(model, load.needs),
         workers=load.workers,
         chunks=load.chunks and whole_only(model) is None,
+        offset=load.offset,
     )
 
 
@@ -213,11 +217,11 @@ def _top_k(model: LayeredModel) -> int:
     return max((site.shape.top_k for site in model.sites.values()), default=0)
 
 
-def _work(model: LayeredModel, rows: int, length: int) -> int:
+def _work(model: LayeredModel, load: Load, rows: int, length: int) -> int:
     """Intermediate tensors of a batch in a layer: an estimate from above, checked by tests.
 
-    The widest of attention, with norms in float32, and experts, all slots of all tokens; observed
-    rows in float32 for an expert that gets every token.
+    The widest of attention, with norms in float32, and experts. Whoever observes and loads experts
+    some at a time never changes weights, so the model's own experts do not run.
     """
     config, size = text_config(model.config), model.dtype.itemsize
     T, hidden = rows * length, int(config.hidden_size)
@@ -227,9 +231,45 @@ def _work(model: LayeredModel, rows: int, length: int) -> int:
     if getattr(config, "_attn_implementation", "") == "eager":
         attention += rows * heads * length * length * (4 + size)
     dense = T * 3 * size * int(getattr(config, "intermediate_size", 0) or 0)
-    inner = max((site.shape.intermediate for site in model.sites.values()), default=0)
-    experts = T * (_top_k(model) * (hidden + inner) * 2 * size + 4 * (3 * hidden + 5 * inner))
-    return max(attention, dense, experts) + T * 2 * hidden * size
+    experts = 0
+    for site in model.sites.values():
+        experts = max(experts, _observed_bytes(site, size))
+        if not (load.needs and load.chunks):
+            experts = max(experts, _own_bytes(site, size))
+    return max(attention, dense, T * experts) + T * 2 * hidden * size
+
+
+def _observed_bytes(site: MoESite, size: int) -> int:
+    """Of a token in ``observe_experts``, where every expert gets every token.
+
+    All slots' outputs; input, inside and output of the expert before, which are let go when those
+    of the next one are there; and either the gate of this one, or its rows without padding and the
+    sums' temporary tensors in float32 (two of I, or three of H).
+    """
+    H, I = site.shape.hidden, site.shape.intermediate  # noqa: E741
+    rows = (2 * H + I) * size
+    slots = (1 if _takes_all(site) else site.shape.top_k) * H * size
+    if _takes_all(site):
+        slots += 2 * site.shape.experts * H * size  # what is given to the experts, and their output
+    return slots + rows + max((H + _gate(site) * I) * size, rows + 4 * max(2 * I, 3 * H))
+
+
+def _own_bytes(site: MoESite, size: int) -> int:
+    """Of a token in the model's own experts (``grouped_mm``): all slots at once."""
+    slots = site.shape.experts if _takes_all(site) else site.shape.top_k
+    biases = 2 if getattr(site.experts, "has_bias", False) else 0  # a row of them per slot
+    return slots * (site.shape.hidden + (_gate(site) + biases) * site.shape.intermediate) * size
+
+
+def _takes_all(site: MoESite) -> bool:
+    """Whether every expert is given every token, times a score that may be 0 (Llama 4)."""
+    return type(site.experts).__name__ == "Llama4TextExperts"
+
+
+def _gate(site: MoESite) -> int:
+    """Tensors of width I at once: two of gate and up, those of the activation, the product."""
+    apply = getattr(type(site.experts), "_apply_gate", None)
+    return 4 if getattr(apply, "__module__", "") == "transformers.integrations.moe" else 7
 
 
 def _logits(model: LayeredModel, tokens: int) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moeprune.core.accumulating import Origin
-from moeprune.core.folding import Fold, levels
+from moeprune.core.folding import Fold, held
 from moeprune.core.partial import PartialStatistics
 from moeprune.core.profile import COMPUTING, LOADING, MERGING, WAITING
 from moeprune.core.statistics import LayerStatistics
@@ -128,7 +128,8 @@ class Walk:
         self._time = self.model.limits.profile
         workers = self.workers or default_workers(self.model.device)
         tokens = [batch.size for batch in self.batches]
-        load = Load(tokens, workers, self.needs, self.chunks, self.shared, not self.needs)
+        how = (self.needs, self.chunks, self.shared, not self.needs, self.offset)
+        load = Load(tokens, workers, *how)
         self.way, self._hidden = bounded(self.model, load)
         self.way = replace(self.way, chunk=min(self.ranks.gather(self.way.chunk)))
         if self._hidden is not None:
@@ -139,9 +140,9 @@ class Walk:
         self._loader = self._stack.enter_context(ThreadPoolExecutor(1, "moeprune-loader"))
         start = self.start
         passing = () if start is None else (start.layer, start.pass_on)
-        how = (self.way.workers, self._hidden)
+        by = (self.way.workers, self._hidden)
         self._lockstep = self._stack.enter_context(
-            Lockstep(self.model.model, self.model.layers, inputs, *how, *passing)
+            Lockstep(self.model.model, self.model.layers, inputs, *by, *passing)
         )
         if start is not None:
             for job in self._lockstep.jobs:  # all stand at the layer that is done
@@ -320,9 +321,9 @@ class Walk:
         device, E = self.model.device, site.shape.experts
         # in flight, waiting to be added, and the sums; every rank takes as many experts at a time
         window = self._lockstep.workers + 1
-        held = max(self.ranks.gather(window + levels(len(self.batches))))
+        sets = max(self.ranks.gather(window + held(len(self.batches), self.offset)))
         of_one = PartialStatistics.of(site.shape, needs, (0,), "meta").nbytes
-        size = max(1, min(E, limit // max(1, of_one * held)))
+        size = max(1, min(E, limit // max(1, of_one * sets)))
         for start in range(0, E, size):
             chosen = tuple(range(start, min(start + size, E)))
             yield self._collect(

@@ -39,6 +39,34 @@ def test_errors_equal_those_of_a_loop(norm: Norm, monkeypatch: pytest.MonkeyPatc
     assert found[-1] == 0.0  # all experts are left
 
 
+@pytest.mark.parametrize("gates", [1 << 21, 7 * 120 * 6])
+def test_cores_do_not_matter_and_are_given_back(
+    gates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All subsets in one part, which one core computes, and in several, which are shared."""
+    monkeypatch.setattr(module, "_GATES", gates)
+    error = reconstruction(Toy(SHAPE).view(), CONTEXT)
+    parts: list[int] = []
+    compute = module.Reconstruction._losses
+
+    def watched(self: module.Reconstruction, *given: torch.Tensor) -> torch.Tensor:
+        parts.append(torch.get_num_threads())
+        return compute(self, *given)
+
+    monkeypatch.setattr(module.Reconstruction, "_losses", watched)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(error.losses(mask(EVERY)).tolist())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+    assert set(parts) == {1}
+    assert (len(parts) > 2) == (gates < 1 << 20)
+
+
 def test_another_target_is_compared_as_it_is() -> None:
     view = Toy(SHAPE).view()
     router, block = followed_router(view), view.need_block()

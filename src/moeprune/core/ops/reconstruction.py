@@ -122,15 +122,16 @@ class Reconstruction:
     def losses(self, kept_NE: Tensor) -> Tensor:
         """The error [N], float64, of each subset (True: left)."""
         step = max(1, _GATES // (self.router.tokens * self.experts))
-        full_SE = self._full()
         parts = [kept_NE[i : i + step] for i in range(0, len(kept_NE), step)]
         before = torch.get_num_threads()
-        workers = min(before, len(parts))
-        if workers < 2:
-            return torch.cat([self._losses(part, full_SE) for part in parts])
-        # one core per part: products this small do not gain from several, and lose where other
-        # work has the cores; the numbers do not depend on how many there are
+        # one core per part: products this small do not gain from several, which only wait for each
+        # other; the numbers do not depend on how many there are
+        torch.set_num_threads(1)
         try:
+            full_SE = self._full()
+            workers = min(before, len(parts))
+            if workers < 2:
+                return torch.cat([self._losses(part, full_SE) for part in parts])
             with ThreadPoolExecutor(
                 workers, initializer=torch.set_num_threads, initargs=(1,)
             ) as pool:
