@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from methods.conftest import batch_of
 from methods.test_resume import COMPUTE, Tiny, behind_a_layer, in_pieces
 from moeprune.core.budget import Budget
 from moeprune.core.targets import Target
-from moeprune.errors import BudgetError
+from moeprune.errors import BudgetError, OutputError
 from moeprune.models import walk_state
+from moeprune.models.checkpoint import Checkpoint
 from moeprune.pipeline import stages
+from moeprune.pipeline.inputs import code_of
+from moeprune.pipeline.pruning_place import inputs_of
 from support import tree
 
 HALF = Budget(ratio=0.5)
@@ -61,6 +65,33 @@ def test_a_method_that_edits_as_it_walks_goes_on(
     notes = in_pieces(run, behind_a_layer)
     assert tree(tmp_path / "pieces") == tree(tmp_path / "whole")
     assert [n for n in notes if n.startswith("going on after 3 of 4 layers (planning")]
+
+
+def test_text_of_other_length_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """All tokens in all: their hash is the same however they are cut into sequences."""
+    file = tmp_path / "few.txt"
+    file.write_text("0123456789abcdef" * 48, encoding="utf-8")
+    text = stages.Text((str(file),), sequences=24, length=32)
+    with pytest.raises(KeyboardInterrupt):
+        planning(tiny("mixtral"), "ream", tmp_path / "p.json", text)(behind_a_layer())
+    other = stages.Text((str(file),), sequences=48, length=16)
+    with pytest.raises(OutputError, match="length was 32, now 16"):
+        planning(tiny("mixtral"), "ream", tmp_path / "p.json", other)()
+
+
+def test_what_the_fingerprint_does_not_read_is_an_input(tiny: Tiny, tmp_path: Path) -> None:
+    """Code that may run, and a tokenizer where statistics are found before text is read."""
+    source = tmp_path / "model"
+    shutil.copytree(tiny("mixtral"), source)
+    (source / "own.py").write_text("one = 1\n", encoding="utf-8")
+    own, theirs = Checkpoint.open(source, True), Checkpoint.open(source)
+    before = code_of(own), inputs_of(own, stages.Text(), COMPUTE)["tokenizer"]
+    assert before[0] is not None and code_of(theirs) is None
+    (source / "own.py").write_text("one = 2\n", encoding="utf-8")
+    tokenizer = source / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    after = code_of(own), inputs_of(own, stages.Text(), COMPUTE)["tokenizer"]
+    assert before[0] != after[0] and before[1] != after[1]
 
 
 def behind_a_decision() -> Callable[[str, int, int], None]:

@@ -26,6 +26,7 @@ from moeprune.pipeline.inputs import (
     Progress,
     Source,
     Text,
+    code_of,
     describe_model,
     model_name,
     read_calibration,
@@ -149,6 +150,7 @@ def identify(model: LayeredModel, domains: Sequence[data.Domain], seed: int) -> 
     """What decides every number of a walk, for ``work_folder``."""
     return {
         "model": model.checkpoint.fingerprint,
+        "code": code_of(model.checkpoint),
         "text": data.describe(domains)["hash"],
         "length": data.describe(domains)["length"],
         "seed": seed,

@@ -31,6 +31,7 @@ from moeprune.pipeline.inputs import (
     Progress,
     Source,
     Text,
+    code_of,
     describe_model,
     model_name,
     say,
@@ -125,16 +126,18 @@ def _identity(
 ) -> dict[str, Any]:
     """What decides a plan, for ``work_folder``."""
     method, model = decider.method, decider.model
-    read = data.describe(decider.domains)["hash"] if method.sequential else None
+    read = data.describe(decider.domains) if method.sequential else {}
     return {
         "model": model.checkpoint.fingerprint,
+        "code": code_of(model.checkpoint),
         "method": method.name,
         "options": method.options(),
         "budget": budget.to_json() if isinstance(budget, Budget) else asdict(budget),
         "constraints": fixed,
         "uniform": decider.uniform,
         "statistics": None if store is None else store.summary["sha256"],
-        "text": read,
+        "text": read.get("hash"),
+        "length": read.get("length"),
         "seed": decider.context.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,

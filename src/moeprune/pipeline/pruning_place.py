@@ -18,19 +18,25 @@ from moeprune.core.method import Method
 from moeprune.core.targets import Target
 from moeprune.errors import MoepruneError
 from moeprune.files import sha256_bytes
+from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Writing
 from moeprune.models.store import StatisticsStore, versions
-from moeprune.pipeline.inputs import Compute, Text, hash_of_sources
+from moeprune.pipeline.inputs import Compute, Text, code_of, hash_beside, hash_of_sources
 from moeprune.work import work_folder
 
 _PARTS = ("statistics-", "plan-")
 
 
-def inputs_of(fingerprint: str, text: Text, compute: Compute) -> dict[str, Any]:
+_TOKENIZER = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+def inputs_of(checkpoint: Checkpoint, text: Text, compute: Compute) -> dict[str, Any]:
     """What decides statistics, but for what is collected."""
     settings = f"{text.sequences} x {text.length}, seed {text.seed}, {dict(text.mix)}"
     return {
-        "model": fingerprint,
+        "model": checkpoint.fingerprint,
+        "code": code_of(checkpoint),
+        "tokenizer": hash_beside(checkpoint, *_TOKENIZER),
         "text": f"{settings}, {hash_of_sources(text.sources, 'calibration')}",
         "dtype": compute.dtype,
         "device": compute.usable_device().type,

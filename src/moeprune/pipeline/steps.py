@@ -161,7 +161,7 @@ class Steps:
         The latter on the output's disk, as they may not fit in /tmp.
         """
         if self._resumable:
-            identity = inputs_of(original.fingerprint, self.text, self.compute)
+            identity = inputs_of(original, self.text, self.compute)
             with pruning_place(self.out, identity, self.force) as work:
                 yield work
             return
