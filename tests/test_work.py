@@ -46,6 +46,13 @@ def test_nothing_is_left_of_a_run_that_kept_nothing(tmp_path: Path) -> None:
     assert not tree(tmp_path)
 
 
+def test_a_directory_that_was_being_made_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    part = begin(tmp_path / "out", "a") / ".plan.x.partial" / "inner"
+    part.mkdir(parents=True)
+    with work_folder(tmp_path / "out", "writing", IDENTITY) as folder:
+        assert folder.names() == ["a"] and not part.parent.exists()
+
+
 def test_other_inputs_are_refused_by_name_until_forced(tmp_path: Path) -> None:
     out, other = tmp_path / "out", {**IDENTITY, "options": {"tokens": 128}}
     begin(out, "a")

@@ -11,6 +11,7 @@ import pytest
 
 from methods.conftest import batch_of
 from methods.test_resume import COMPUTE, Tiny, behind_a_layer, in_pieces
+from moeprune import work
 from moeprune.core.budget import Budget
 from moeprune.core.targets import Target
 from moeprune.errors import BudgetError, OutputError
@@ -127,6 +128,34 @@ def test_a_budget_that_cannot_be_met_leaves_nothing(
     with pytest.raises(BudgetError, match="cannot be reached"):
         planning(tiny("olmoe"), "random", tmp_path / "p.json", text, Target(bytes=1000))()
     assert not tree(tmp_path)
+
+
+def test_commands_that_were_cut_after_their_output_had_appeared(
+    tiny: Tiny, text: stages.Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = planning(tiny("olmoe"), "random", tmp_path / "p.json", text)
+
+    def pruning() -> None:
+        stages.prune(tiny("olmoe"), "mone", HALF, tmp_path / "out", text, compute=COMPUTE)
+
+    rmtree = work.shutil.rmtree
+
+    def killed(path: Path, *more: Any, **named: Any) -> None:
+        if Path(path).name in ("p.json.plan", "out.writing"):
+            raise KeyboardInterrupt
+        rmtree(path, *more, **named)
+
+    for command in (run, pruning):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(work.shutil, "rmtree", killed)
+            command()
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"p.json", "p.json.plan", "out", "out.writing", "out.pruning"}
+    run()
+    pruning()
+    assert {path.name for path in tmp_path.iterdir()} == {"p.json", "out"}
+    with pytest.raises(OutputError, match="output exists"):
+        run()
 
 
 def test_pruning_goes_on_in_each_of_its_stages(

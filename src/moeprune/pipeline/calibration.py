@@ -60,7 +60,7 @@ def calibrate(
     """
     out, ranks = Path(out), compute.ranks
     if ranks.first:
-        refuse_finished(out, STAGE, force)
+        refuse_finished(out, STAGE, force=force)
     checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     refuse_source(checkpoint, out)
     model = compute.open(checkpoint)

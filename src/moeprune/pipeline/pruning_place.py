@@ -24,6 +24,7 @@ from moeprune.models.store import StatisticsStore, versions
 from moeprune.pipeline.inputs import Compute, Text, code_of, hash_beside, hash_of_sources
 from moeprune.work import work_folder
 
+PRUNING = "pruning"
 _PARTS = ("statistics-", "plan-")
 
 
@@ -47,7 +48,7 @@ def inputs_of(checkpoint: Checkpoint, text: Text, compute: Compute) -> dict[str,
 @contextmanager
 def pruning_place(out: Path, identity: Mapping[str, Any], force: bool) -> Iterator[Path]:
     """A directory beside ``out`` that stays after an interruption if anything was made in it."""
-    with work_folder(out, "pruning", identity, force) as folder:
+    with work_folder(out, PRUNING, identity, force) as folder:
         folder.write("begun", b"")
         try:
             yield folder.path
