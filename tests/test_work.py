@@ -53,6 +53,18 @@ def test_a_directory_that_was_being_made_does_not_stand_in_the_way(tmp_path: Pat
         assert folder.names() == ["a"] and not part.parent.exists()
 
 
+def test_nothing_is_promised_of_a_directory_that_goes(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with (
+        pytest.raises(KeyboardInterrupt),
+        new_directory(tmp_path / "whole") as outer,
+        work_folder(outer / "out", "writing", IDENTITY, note=notes.append) as folder,
+    ):
+        folder.write("a", b"a")
+        raise KeyboardInterrupt
+    assert not notes and not tree(tmp_path)
+
+
 def test_other_inputs_are_refused_by_name_until_forced(tmp_path: Path) -> None:
     out, other = tmp_path / "out", {**IDENTITY, "options": {"tokens": 128}}
     begin(out, "a")

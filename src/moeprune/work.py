@@ -330,6 +330,8 @@ def _told(folder: WorkFolder) -> Iterator[None]:
         if not folder.names():
             shutil.rmtree(folder.path, ignore_errors=True)
             raise
+        if any(map(is_partial, folder.path.absolute().parents)):
+            raise  # all of that goes
         if isinstance(error, OutputError):
             problem = error.problem.removesuffix("; nothing was kept")
             hint = "" if error.hint == "nothing was kept" else f"{error.hint}; "

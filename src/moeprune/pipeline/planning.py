@@ -14,7 +14,7 @@ from moeprune.core.method import Context, Method, make_method
 from moeprune.core.plan import LayerPlan, Plan
 from moeprune.core.residual import NAME as RESIDUAL
 from moeprune.core.targets import Target
-from moeprune.errors import BudgetError, MoepruneError, PlanError
+from moeprune.errors import BudgetError, MoepruneError, PlanError, UnsupportedModelError
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_novices
@@ -125,7 +125,7 @@ def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
                 decider, budget, fixed, store, model_name(source), constraints.protect_super,
                 writing,
             )  # fmt: skip
-        except (BudgetError, PlanError):
+        except (BudgetError, PlanError, UnsupportedModelError):
             if (folder := decider.folder) is not None:
                 for name in folder.names():  # the same question would fail again
                     folder.remove(name)

@@ -171,7 +171,7 @@ class Steps:
                 yield work
             return
         room = next(parent for parent in self.out.absolute().parents if parent.is_dir())
-        work = Path(tempfile.mkdtemp(prefix="moeprune-", dir=room))
+        work = Path(tempfile.mkdtemp(prefix=".moeprune-", suffix=".partial", dir=room))
         try:
             yield work
         finally:
