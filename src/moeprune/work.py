@@ -242,7 +242,7 @@ def work_folder(
             _enter(folder, stage, json.loads(json_bytes(dict(identity))), force, afresh)
             with _told(folder), disk_errors(out):
                 yield folder
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
     except BaseException:
         for parent in (path, *missing):
             with suppress(OSError):
@@ -253,7 +253,7 @@ def work_folder(
 def _ours(path: Path) -> bool:
     """Whether a directory is a work folder, or one whose making was interrupted."""
     return (path / RUN).is_file() or all(
-        entry.name == ".lock" or is_partial(entry) for entry in path.iterdir()
+        entry.name in (".lock", _PUBLISHING) or is_partial(entry) for entry in path.iterdir()
     )
 
 
@@ -310,9 +310,24 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _clear(path: Path) -> None:
+def _delete(path: Path) -> None:
+    """Remove a work folder; what says whose it is goes last, for whoever is killed meanwhile."""
+    with suppress(OSError):
+        _clear(path, spared=(".lock", RUN, _PUBLISHING))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_finished(out: Path, stage: str) -> None:
+    """Remove what a run left that was killed while it removed it."""
+    path = _folder_of(out, stage)
+    if (path / _PUBLISHING).exists() and out.exists():
+        with locked(path):
+            _delete(path)
+
+
+def _clear(path: Path, spared: tuple[str, ...] = (".lock",)) -> None:
     for entry in sorted(path.iterdir()):
-        if entry.name == ".lock":
+        if entry.name in spared:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -52,6 +52,7 @@ def pruning_place(out: Path, identity: Mapping[str, Any], force: bool) -> Iterat
         folder.write("begun", b"")
         try:
             yield folder.path
+            folder.announce()
         except BaseException:
             if not any(entry.name.startswith(_PARTS) for entry in folder.path.iterdir()):
                 folder.remove("begun")

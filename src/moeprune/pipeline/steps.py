@@ -37,7 +37,7 @@ from moeprune.pipeline.pruning_place import (
     pruning_place,
 )
 from moeprune.pipeline.recovery_steps import Recovery, RecoveryDone, refuse_recovery, run_recovery
-from moeprune.work import refuse_finished
+from moeprune.work import drop_finished, refuse_finished
 
 RECOMPUTE = "recompute"
 PROJECT = "project"
@@ -126,6 +126,7 @@ class Steps:
             MoepruneError: anything the user can mend; nothing is left behind.
         """
         if self._resumable:
+            drop_finished(self.out, PRUNING)
             refuse_finished(self.out, PRUNING, WRITING, force=self.force)
         else:
             refuse_existing(self.out, self.force)
