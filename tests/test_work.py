@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moeprune import work
 from moeprune.errors import MoepruneError, OutputError
 from moeprune.files import locked, new_directory, refuse_existing, write_together
 from moeprune.work import WorkFolder, refuse_finished, work_folder
@@ -44,6 +45,48 @@ def test_goes_on_from_what_is_kept_and_goes_when_the_block_succeeds(tmp_path: Pa
 def test_nothing_is_left_of_a_run_that_kept_nothing(tmp_path: Path) -> None:
     begin(tmp_path / "deep" / "out")
     assert not tree(tmp_path)
+
+
+def test_a_directory_that_was_being_made_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    part = begin(tmp_path / "out", "a") / ".plan.x.partial" / "inner"
+    part.mkdir(parents=True)
+    with work_folder(tmp_path / "out", "writing", IDENTITY) as folder:
+        assert folder.names() == ["a"] and not part.parent.exists()
+
+
+def test_nothing_is_promised_of_a_directory_that_goes(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with (
+        pytest.raises(KeyboardInterrupt),
+        new_directory(tmp_path / "whole") as outer,
+        work_folder(outer / "out", "writing", IDENTITY, note=notes.append) as folder,
+    ):
+        folder.write("a", b"a")
+        raise KeyboardInterrupt
+    assert not notes and not tree(tmp_path)
+
+
+def test_a_removal_that_was_cut_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def killed(path: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+        work_folder(out, "writing", IDENTITY) as folder,
+    ):
+        folder.write("a", b"a")
+        (folder.clean_output() / "moeprune.json").write_bytes(b"{}")
+        folder.publish()
+        patch.setattr(work.shutil, "rmtree", killed)
+    assert {"run.json", "publishing", "sums"} <= {file.name for file in folder.path.iterdir()}
+    with work_folder(out, "writing", IDENTITY) as folder:
+        assert folder.published
+    assert not folder.path.exists() and out.is_dir()
 
 
 def test_other_inputs_are_refused_by_name_until_forced(tmp_path: Path) -> None:

@@ -85,6 +85,12 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def leave_cache(handle: int, start: int, size: int) -> None:
+    """Have the system write bytes of an open file, and forget them; not all can (macOS cannot)."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, start, size, os.POSIX_FADV_DONTNEED)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn what a disk refuses while ``path`` is made into an ``OutputError``."""

@@ -61,7 +61,16 @@ class WorkFolder:
     @property
     def published(self) -> bool:
         """Whether the run was cut after its output had appeared, so that nothing is to be done."""
-        return (self.path / _PUBLISHING).exists() and not self.output.exists() and self.out.is_dir()
+        return self.announced and not self.output.exists() and self.out.is_dir()
+
+    @property
+    def announced(self) -> bool:
+        """Whether the output was about to appear, or did, when the run was cut."""
+        return (self.path / _PUBLISHING).exists()
+
+    def announce(self) -> None:
+        """Note that the output is about to appear, and that nothing is in its way."""
+        write_together({self.path / _PUBLISHING: b""}, force=True)
 
     def clean_output(self) -> Path:
         """Make ``output`` a directory with kept files and nothing else; returns it."""
@@ -74,7 +83,7 @@ class WorkFolder:
 
     def publish(self, force: bool = False) -> None:
         """Make ``output`` the output of the run; see ``move_into_place``."""
-        write_together({self.path / _PUBLISHING: b""}, force=True)
+        self.announce()
         move_into_place(self.output, self.out, force)
 
     def names(self) -> list[str]:
@@ -174,13 +183,18 @@ class WorkFolder:
         return self.path / SUMS / f"{name}.json"
 
 
-def refuse_finished(out: Path, stage: str, force: bool = False) -> None:
-    """``refuse_existing``, but for the rest of a run that was cut just after its output appeared.
+def refuse_finished(
+    out: Path,
+    *stages: str,
+    force: bool = False,
+    refuse: Callable[[Path, bool], None] = refuse_existing,
+) -> None:
+    """``refuse``, but for the rest of a run that was cut just after its output appeared.
 
-    To be called first; inside ``work_folder`` then follows ``published``, or ``refuse_existing``.
+    To be called first; inside ``work_folder`` then follows ``published``, or ``refuse``.
     """
-    if not _folder_of(out, stage).is_dir():
-        refuse_existing(out, force)
+    if not all(_folder_of(out, stage).is_dir() for stage in stages):
+        refuse(out, force)
 
 
 def _folder_of(out: Path, stage: str) -> Path:
@@ -228,7 +242,7 @@ def work_folder(
             _enter(folder, stage, json.loads(json_bytes(dict(identity))), force, afresh)
             with _told(folder), disk_errors(out):
                 yield folder
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
     except BaseException:
         for parent in (path, *missing):
             with suppress(OSError):
@@ -239,7 +253,7 @@ def work_folder(
 def _ours(path: Path) -> bool:
     """Whether a directory is a work folder, or one whose making was interrupted."""
     return (path / RUN).is_file() or all(
-        entry.name == ".lock" or is_partial(entry) for entry in path.iterdir()
+        entry.name in (".lock", _PUBLISHING) or is_partial(entry) for entry in path.iterdir()
     )
 
 
@@ -296,9 +310,24 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _clear(path: Path) -> None:
+def _delete(path: Path) -> None:
+    """Remove a work folder; what says whose it is goes last, for whoever is killed meanwhile."""
+    with suppress(OSError):
+        _clear(path, spared=(".lock", RUN, _PUBLISHING))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_finished(out: Path, stage: str) -> None:
+    """Remove what a run left that was killed while it removed it."""
+    path = _folder_of(out, stage)
+    if (path / _PUBLISHING).exists() and out.exists():
+        with locked(path):
+            _delete(path)
+
+
+def _clear(path: Path, spared: tuple[str, ...] = (".lock",)) -> None:
     for entry in sorted(path.iterdir()):
-        if entry.name == ".lock":
+        if entry.name in spared:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -316,6 +345,8 @@ def _told(folder: WorkFolder) -> Iterator[None]:
         if not folder.names():
             shutil.rmtree(folder.path, ignore_errors=True)
             raise
+        if any(map(is_partial, folder.path.absolute().parents)):
+            raise  # all of that goes
         if isinstance(error, OutputError):
             problem = error.problem.removesuffix("; nothing was kept")
             hint = "" if error.hint == "nothing was kept" else f"{error.hint}; "
@@ -326,5 +357,6 @@ def _told(folder: WorkFolder) -> Iterator[None]:
 
 
 def _drop_partial(path: Path) -> None:
-    for place in (path, *filter(Path.is_dir, sorted(path.rglob("*")))):
-        remove_partial(place)
+    for place in (path, *sorted(path.rglob("*"))):
+        if place.is_dir():  # and was not in one that has just gone
+            remove_partial(place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -35,6 +35,17 @@ class Given(Dropper):
     def rate(self, view: LayerView, context: Context) -> Rating:
         scores = list(self.table[view.shape.layer])
         return Rating("given", scores, [0] * len(scores))
+
+
+class Otherwise(Given):
+    """Somebody's method that decides about all layers in its own way."""
+
+    def plan_model(self, views: Iterable[LayerView], context: Context) -> dict[int, LayerPlan]:
+        return super().plan_model(views, context)
+
+
+def test_what_decides_about_all_layers_itself_is_asked_for_all() -> None:
+    assert not Given().competes and Given(scope="global").competes and Otherwise().competes
 
 
 def bare(table: Sequence[Sequence[float]], top_k: int = 1, groups: int = 1) -> list[LayerView]:

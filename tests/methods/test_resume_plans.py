@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import pytest
 
 from methods.conftest import batch_of
 from methods.test_resume import COMPUTE, Tiny, behind_a_layer, in_pieces
+from moeprune import work
 from moeprune.core.budget import Budget
 from moeprune.core.targets import Target
-from moeprune.errors import BudgetError
+from moeprune.errors import BudgetError, OutputError
 from moeprune.models import walk_state
+from moeprune.models.checkpoint import Checkpoint
 from moeprune.pipeline import stages
+from moeprune.pipeline.inputs import code_of
+from moeprune.pipeline.pruning_place import inputs_of
 from support import tree
 
 HALF = Budget(ratio=0.5)
@@ -63,6 +68,33 @@ def test_a_method_that_edits_as_it_walks_goes_on(
     assert [n for n in notes if n.startswith("going on after 3 of 4 layers (planning")]
 
 
+def test_text_of_other_length_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """All tokens in all: their hash is the same however they are cut into sequences."""
+    file = tmp_path / "few.txt"
+    file.write_text("0123456789abcdef" * 48, encoding="utf-8")
+    text = stages.Text((str(file),), sequences=24, length=32)
+    with pytest.raises(KeyboardInterrupt):
+        planning(tiny("mixtral"), "ream", tmp_path / "p.json", text)(behind_a_layer())
+    other = stages.Text((str(file),), sequences=48, length=16)
+    with pytest.raises(OutputError, match="length was 32, now 16"):
+        planning(tiny("mixtral"), "ream", tmp_path / "p.json", other)()
+
+
+def test_what_the_fingerprint_does_not_read_is_an_input(tiny: Tiny, tmp_path: Path) -> None:
+    """Code that may run, and a tokenizer where statistics are found before text is read."""
+    source = tmp_path / "model"
+    shutil.copytree(tiny("mixtral"), source)
+    (source / "own.py").write_text("one = 1\n", encoding="utf-8")
+    own, theirs = Checkpoint.open(source, True), Checkpoint.open(source)
+    before = code_of(own), inputs_of(own, stages.Text(), COMPUTE)["tokenizer"]
+    assert before[0] is not None and code_of(theirs) is None
+    (source / "own.py").write_text("one = 2\n", encoding="utf-8")
+    tokenizer = source / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    after = code_of(own), inputs_of(own, stages.Text(), COMPUTE)["tokenizer"]
+    assert before[0] != after[0] and before[1] != after[1]
+
+
 def behind_a_decision() -> Callable[[str, int, int], None]:
     """Progress that interrupts a run behind the first layer that it computes something for."""
     computed: list[str] = []
@@ -96,6 +128,34 @@ def test_a_budget_that_cannot_be_met_leaves_nothing(
     with pytest.raises(BudgetError, match="cannot be reached"):
         planning(tiny("olmoe"), "random", tmp_path / "p.json", text, Target(bytes=1000))()
     assert not tree(tmp_path)
+
+
+def test_commands_that_were_cut_after_their_output_had_appeared(
+    tiny: Tiny, text: stages.Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = planning(tiny("olmoe"), "random", tmp_path / "p.json", text)
+
+    def pruning() -> None:
+        stages.prune(tiny("olmoe"), "mone", HALF, tmp_path / "out", text, compute=COMPUTE)
+
+    rmtree = work.shutil.rmtree
+
+    def killed(path: Path, *more: Any, **named: Any) -> None:
+        if Path(path).name in ("p.json.plan", "out.writing"):
+            raise KeyboardInterrupt
+        rmtree(path, *more, **named)
+
+    for command in (run, pruning):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(work.shutil, "rmtree", killed)
+            command()
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"p.json", "p.json.plan", "out", "out.writing", "out.pruning"}
+    run()
+    pruning()
+    assert {path.name for path in tmp_path.iterdir()} == {"p.json", "out"}
+    with pytest.raises(OutputError, match="output exists"):
+        run()
 
 
 def test_pruning_goes_on_in_each_of_its_stages(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moeprune.errors import OutputError
+from moeprune.errors import MoepruneError, OutputError
 from moeprune.pipeline import recovery
 from moeprune.pipeline.inputs import Text
 from moeprune.pipeline.recovery import recover, training
@@ -43,17 +43,24 @@ def test_two_runs_exclude_each_other_until_one_is_over(
     assert {path.name for path in tmp_path.iterdir()} == {"out"} and tree(out) == whole
 
 
+@pytest.mark.parametrize(("student", "steps"), [("dropped", 2), ("masked", 3)])
 def test_the_state_of_another_run_is_spared(
-    students: dict[str, Path], text: Text, tmp_path: Path
+    student: str, steps: int, students: dict[str, Path], text: Text, tmp_path: Path
 ) -> None:
     def cut(status: Any) -> None:
         raise KeyboardInterrupt
 
-    recover(students["dropped"], None, tmp_path / "other", QUICK, text)
+    other = training("full", None, {**OPTIONS, "steps": steps})
+    recover(students[student], None, tmp_path / "other", other, text)
     longer = training("full", None, {**OPTIONS, "steps": 3})
     with pytest.raises(KeyboardInterrupt):
         recover(students["dropped"], None, tmp_path / "out", longer, text, listen=cut)
     (tmp_path / "other").rename(tmp_path / "out")
     with pytest.raises(OutputError, match="output exists"):
         recover(students["dropped"], None, tmp_path / "out", longer, text, resume=True)
-    assert (tmp_path / "out.recovery").is_dir()
+    file = tmp_path / "out.recovery" / "state" / "values.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(MoepruneError, match="is damaged, or of another run"):
+        recover(students["dropped"], None, tmp_path / "out", longer, text, resume=True, force=True)

@@ -157,11 +157,8 @@ def plan(
 
     Example: `moeprune plan demo --method mone --ratio 0.5 --statistics stats --out plan.json`
     """
-    from moeprune.models.store import refuse_existing_plan
     from moeprune.pipeline import stages
 
-    if together.ranks().first:
-        refuse_existing_plan(out, force)
     with output.progress_bars() as progress:
         made = stages.plan(
             model,

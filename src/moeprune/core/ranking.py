@@ -108,8 +108,8 @@ class Ranking(Method):
 
     @property
     def competes(self) -> bool:
-        """Whether layers compete."""
-        return self.scope != "layer"
+        """Whether layers compete; what decides about all in its own way is taken to."""
+        return self.scope != "layer" or type(self).plan_model is not Ranking.plan_model
 
     def plan_model(self, views: Iterable[LayerView], context: Context) -> dict[int, LayerPlan]:
         """Decide about all layers; unless ``scope="layer"`` they compete."""

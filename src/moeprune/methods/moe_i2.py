@@ -73,8 +73,8 @@ class MoEI2(Method):
 
     @property
     def competes(self) -> bool:
-        """Whether layers compete."""
-        return self.scope != "layer"
+        """Whether layers compete; what decides about all in its own way is taken to."""
+        return self.scope != "layer" or type(self).plan_model is not MoEI2.plan_model
 
     def plan_model(self, views: Iterable[LayerView], context: Context) -> dict[int, LayerPlan]:
         """Decide about all layers; the experts run twice, as no layer's outputs are kept."""

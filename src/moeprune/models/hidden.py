@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from moeprune.errors import OutputError
+from moeprune.files import leave_cache
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 _MOUNTS = Path("/proc/self/mounts")
@@ -42,7 +43,7 @@ class _Place:
     def leave(self, file: int) -> None:
         """Take the pages out of the process, and let the system begin to write them."""
         self.map.madvise(mmap.MADV_DONTNEED)
-        os.posix_fadvise(file, self.start, self.size, os.POSIX_FADV_DONTNEED)
+        leave_cache(file, self.start, self.size)
 
 
 class HiddenStates:
@@ -173,7 +174,10 @@ class HiddenStates:
         if size <= self._reserved:
             return
         try:
-            os.posix_fallocate(self._file.fileno(), self._reserved, size - self._reserved)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), self._reserved, size - self._reserved)
+            else:  # macOS: promised
+                os.ftruncate(self._file.fileno(), size)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moeprune.errors import CheckpointError
-from moeprune.files import json_bytes
+from moeprune.files import json_bytes, leave_cache
 from moeprune.models.checkpoint import INDEX, TensorInfo
 from moeprune.work import OUTPUT, WorkFolder
 
@@ -314,7 +314,7 @@ def write_file(
             digest.settle(block)
             if (position := handle.tell()) - begun >= _FLUSH:
                 # the disk begins to write now, not when memory is full of what it has to write
-                os.posix_fadvise(handle.fileno(), begun, position - begun, os.POSIX_FADV_DONTNEED)
+                leave_cache(handle.fileno(), begun, position - begun)
                 begun = position
         os.fsync(handle.fileno())
         return digest.result()

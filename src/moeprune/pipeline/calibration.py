@@ -26,6 +26,7 @@ from moeprune.pipeline.inputs import (
     Progress,
     Source,
     Text,
+    code_of,
     describe_model,
     model_name,
     read_calibration,
@@ -59,7 +60,7 @@ def calibrate(
     """
     out, ranks = Path(out), compute.ranks
     if ranks.first:
-        refuse_finished(out, STAGE, force)
+        refuse_finished(out, STAGE, force=force)
     checkpoint = Checkpoint.open(source, compute.trust_remote_code)
     refuse_source(checkpoint, out)
     model = compute.open(checkpoint)
@@ -149,6 +150,7 @@ def identify(model: LayeredModel, domains: Sequence[data.Domain], seed: int) -> 
     """What decides every number of a walk, for ``work_folder``."""
     return {
         "model": model.checkpoint.fingerprint,
+        "code": code_of(model.checkpoint),
         "text": data.describe(domains)["hash"],
         "length": data.describe(domains)["length"],
         "seed": seed,

@@ -25,6 +25,7 @@ from moeprune.pipeline.inputs import (
     Progress,
     Source,
     Text,
+    code_of,
     model_name,
     read_heldout,
     say,
@@ -118,6 +119,7 @@ def _identity(models: Mapping[str, LayeredModel], domains: Sequence[data.Domain]
     return {
         **identify(models[_MODEL], domains, 0),
         "teacher": None if teacher is None else teacher.checkpoint.fingerprint,
+        "teacher code": None if teacher is None else code_of(teacher.checkpoint),
         "teacher dtype": None if teacher is None else str(teacher.dtype).removeprefix("torch."),
     }
 

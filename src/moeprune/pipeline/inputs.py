@@ -17,7 +17,7 @@ from moeprune.errors import DataError, MoepruneError, OutputError
 from moeprune.files import sha256_bytes, sha256_file
 from moeprune.models import data
 from moeprune.models.bounds import Limits, check
-from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.checkpoint import INDEX, OF_THIS_ONE, REPORT_FILES, Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
 from moeprune.models.ranks import ALONE, Ranks
@@ -158,6 +158,25 @@ def model_name(source: Source) -> str:
     """A short name for tables and plans."""
     text = os.fspath(source)
     return Path(text).resolve().name if Path(text).exists() else text
+
+
+def code_of(checkpoint: Checkpoint) -> str | None:
+    """SHA-256 over the Python files that a checkpoint brings and that may run; None if none do."""
+    return hash_beside(checkpoint, ".py") if checkpoint.trust_remote_code else None
+
+
+def hash_beside(checkpoint: Checkpoint, *suffixes: str) -> str | None:
+    """SHA-256 over the files of these kinds beside the weights; None if there are none.
+
+    They decide numbers, and ``Checkpoint.fingerprint`` does not read them.
+    """
+    files = [
+        f"{file.name} {sha256_file(file)}"
+        for file in sorted(checkpoint.path.iterdir())
+        if file.suffix in suffixes and file.is_file()
+        if file.name not in (INDEX, *REPORT_FILES, *OF_THIS_ONE)
+    ]
+    return sha256_bytes("\n".join(files).encode()) if files else None
 
 
 def hash_of_sources(sources: Sequence[str], kind: str) -> str:

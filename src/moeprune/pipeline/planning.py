@@ -14,7 +14,7 @@ from moeprune.core.method import Context, Method, make_method
 from moeprune.core.plan import LayerPlan, Plan
 from moeprune.core.residual import NAME as RESIDUAL
 from moeprune.core.targets import Target
-from moeprune.errors import BudgetError, MoepruneError, PlanError
+from moeprune.errors import BudgetError, MoepruneError, PlanError, UnsupportedModelError
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.checks import check_novices
@@ -22,7 +22,14 @@ from moeprune.models.counts import kernel_warnings
 from moeprune.models.editing import Writing
 from moeprune.models.layout import DiskTensor, expert_layout
 from moeprune.models.plan_weights import WeightsFolder
-from moeprune.models.store import StatisticsStore, read_plan, same_model, versions, write_plan
+from moeprune.models.store import (
+    StatisticsStore,
+    read_plan,
+    refuse_existing_plan,
+    same_model,
+    versions,
+    write_plan,
+)
 from moeprune.pipeline.asking import FixedExperts, accept, resolve
 from moeprune.pipeline.deciding import Decider
 from moeprune.pipeline.inputs import (
@@ -31,13 +38,16 @@ from moeprune.pipeline.inputs import (
     Progress,
     Source,
     Text,
+    code_of,
     describe_model,
     model_name,
     say,
     silent,
 )
 from moeprune.pipeline.views import Views
-from moeprune.work import work_folder
+from moeprune.work import refuse_finished, work_folder
+
+STAGE = "plan"
 
 
 def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
@@ -73,6 +83,11 @@ def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
     Raises:
         MoepruneError: anything the user can mend.
     """
+    keeps = out is not None and compute.ranks.size == 1
+    if out is not None and keeps:
+        refuse_finished(Path(out), STAGE, force=force, refuse=refuse_existing_plan)
+    elif out is not None and compute.ranks.first:
+        refuse_existing_plan(out, force)
     chosen = method if isinstance(method, Method) else make_method(method, options)
     accept(chosen, budget, constraints)
     if statistics is not None and chosen.sequential:
@@ -99,21 +114,26 @@ def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
     views = Views(model, layout, store, progress)
     decider = Decider(chosen, model, views, context, text, compute, progress, uniform)
     with ExitStack() as stack:
-        if out is not None and compute.ranks.size == 1:
+        if out is not None and keeps:
             identity = _identity(decider, budget, store, fixed.to_json(constraints.protect_super))
             told = {**identity, "writing": asdict(writing)}
-            decider.folder = stack.enter_context(work_folder(Path(out), "plan", told, force, note))
+            decider.folder = stack.enter_context(work_folder(Path(out), STAGE, told, force, note))
+            force = force or decider.folder.announced
+            refuse_existing_plan(out, force)
         try:
             result = _decided(
                 decider, budget, fixed, store, model_name(source), constraints.protect_super,
                 writing,
             )  # fmt: skip
-        except (BudgetError, PlanError):
+        except (BudgetError, PlanError, UnsupportedModelError):
             if (folder := decider.folder) is not None:
                 for name in folder.names():  # the same question would fail again
                     folder.remove(name)
             raise
         if out is not None and compute.ranks.first:
+            refuse_existing_plan(out, force)  # hours may have passed
+            if decider.folder is not None:
+                decider.folder.announce()
             write_plan(result, out, force)
             if any(layer.stored is not None for layer in result.layers.values()):
                 return read_plan(out)  # matrices that were kept go with their folder
@@ -125,16 +145,18 @@ def _identity(
 ) -> dict[str, Any]:
     """What decides a plan, for ``work_folder``."""
     method, model = decider.method, decider.model
-    read = data.describe(decider.domains)["hash"] if method.sequential else None
+    read = data.describe(decider.domains) if method.sequential else {}
     return {
         "model": model.checkpoint.fingerprint,
+        "code": code_of(model.checkpoint),
         "method": method.name,
         "options": method.options(),
         "budget": budget.to_json() if isinstance(budget, Budget) else asdict(budget),
         "constraints": fixed,
         "uniform": decider.uniform,
         "statistics": None if store is None else store.summary["sha256"],
-        "text": read,
+        "text": read.get("hash"),
+        "length": read.get("length"),
         "seed": decider.context.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,

@@ -18,19 +18,26 @@ from moeprune.core.method import Method
 from moeprune.core.targets import Target
 from moeprune.errors import MoepruneError
 from moeprune.files import sha256_bytes
+from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Writing
 from moeprune.models.store import StatisticsStore, versions
-from moeprune.pipeline.inputs import Compute, Text, hash_of_sources
+from moeprune.pipeline.inputs import Compute, Text, code_of, hash_beside, hash_of_sources
 from moeprune.work import work_folder
 
+PRUNING = "pruning"
 _PARTS = ("statistics-", "plan-")
 
 
-def inputs_of(fingerprint: str, text: Text, compute: Compute) -> dict[str, Any]:
+_TOKENIZER = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+def inputs_of(checkpoint: Checkpoint, text: Text, compute: Compute) -> dict[str, Any]:
     """What decides statistics, but for what is collected."""
     settings = f"{text.sequences} x {text.length}, seed {text.seed}, {dict(text.mix)}"
     return {
-        "model": fingerprint,
+        "model": checkpoint.fingerprint,
+        "code": code_of(checkpoint),
+        "tokenizer": hash_beside(checkpoint, *_TOKENIZER),
         "text": f"{settings}, {hash_of_sources(text.sources, 'calibration')}",
         "dtype": compute.dtype,
         "device": compute.usable_device().type,
@@ -41,10 +48,11 @@ def inputs_of(fingerprint: str, text: Text, compute: Compute) -> dict[str, Any]:
 @contextmanager
 def pruning_place(out: Path, identity: Mapping[str, Any], force: bool) -> Iterator[Path]:
     """A directory beside ``out`` that stays after an interruption if anything was made in it."""
-    with work_folder(out, "pruning", identity, force) as folder:
+    with work_folder(out, PRUNING, identity, force) as folder:
         folder.write("begun", b"")
         try:
             yield folder.path
+            folder.announce()
         except BaseException:
             if not any(entry.name.startswith(_PARTS) for entry in folder.path.iterdir()):
                 folder.remove("begun")

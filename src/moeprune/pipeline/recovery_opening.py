@@ -126,6 +126,7 @@ def open_run(
         "after_steps": len(steps_of(student.path)),
         "teacher": None if teacher is None else model_name(teacher),
         "teacher_fingerprint": header["teacher"],
+        "student_fingerprint": header["student"],
         "data": {**facts, "seed": text.seed, **({"mix": dict(text.mix)} if text.mix else {})},
         "options": made.to_json(),
     }
@@ -151,7 +152,9 @@ def _refuse_output(out: Path, folder: StateFolder, resume: bool, force: bool, ma
 def _finished(out: Path, folder: StateFolder) -> bool:
     """Whether ``out`` is what the run in ``folder`` has made."""
     saved, told = folder.numbers() or {}, recoveries_of(out)[-1:]
-    names = {"training": "options", "teacher": "teacher_fingerprint"}
+    names = {
+        "training": "options", "teacher": "teacher_fingerprint", "student": "student_fingerprint",
+    }  # fmt: skip
     return any(
         all(saved.get(name) == one.get(key) for name, key in names.items())
         and saved.get("data") == dict(one.get("data") or {}).get("hash")

@@ -69,7 +69,7 @@ def apply(
         MoepruneError: the plan does not fit the model, or the output cannot be written.
     """
     out = Path(out)
-    refuse_finished(out, WRITING, force)
+    refuse_finished(out, WRITING, force=force)
     checkpoint = Checkpoint.open(source, trust_remote_code)
     refuse_source(checkpoint, out)
     chosen = plan_or_path if isinstance(plan_or_path, Plan) else read_plan(Path(plan_or_path))

@@ -23,19 +23,21 @@ from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Sizes, Writing
 from moeprune.models.projection import project_statistics
 from moeprune.models.store import read_plan
-from moeprune.models.surgery import apply_plan
+from moeprune.models.surgery import WRITING, apply_plan
 from moeprune.pipeline.asking import PROTECTION_NEEDS, accept
 from moeprune.pipeline.calibration import calibrate
 from moeprune.pipeline.inputs import Compute, Progress, Source, Text, refuse_source, silent
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
 from moeprune.pipeline.planning import plan as make_plan
 from moeprune.pipeline.pruning_place import (
+    PRUNING,
     finished_statistics,
     inputs_of,
     plan_name,
     pruning_place,
 )
 from moeprune.pipeline.recovery_steps import Recovery, RecoveryDone, refuse_recovery, run_recovery
+from moeprune.work import drop_finished, refuse_finished
 
 RECOMPUTE = "recompute"
 PROJECT = "project"
@@ -123,7 +125,11 @@ class Steps:
         Raises:
             MoepruneError: anything the user can mend; nothing is left behind.
         """
-        refuse_existing(self.out, self.force)
+        if self._resumable:
+            drop_finished(self.out, PRUNING)
+            refuse_finished(self.out, PRUNING, WRITING, force=self.force)
+        else:
+            refuse_existing(self.out, self.force)
         original = Checkpoint.open(self.source, self.compute.trust_remote_code)
         refuse_source(original, self.out)
         for number, step in enumerate(self.steps):
@@ -161,12 +167,12 @@ class Steps:
         The latter on the output's disk, as they may not fit in /tmp.
         """
         if self._resumable:
-            identity = inputs_of(original.fingerprint, self.text, self.compute)
+            identity = inputs_of(original, self.text, self.compute)
             with pruning_place(self.out, identity, self.force) as work:
                 yield work
             return
         room = next(parent for parent in self.out.absolute().parents if parent.is_dir())
-        work = Path(tempfile.mkdtemp(prefix="moeprune-", dir=room))
+        work = Path(tempfile.mkdtemp(prefix=".moeprune-", suffix=".partial", dir=room))
         try:
             yield work
         finally:

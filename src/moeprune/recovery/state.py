@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError, OutputError
-from moeprune.files import json_bytes, load_json, locked, new_directory
+from moeprune.files import json_bytes, load_json, locked, new_directory, sha256_file
 
 FORMAT = "moeprune.recovery/1"
+SUMS = "sha256"
 _MOST = 1 << 26
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -116,7 +117,8 @@ class StateFolder:
     def _write(self, name: str, numbers: Mapping[str, Any], values: dict[str, Tensor]) -> None:
         with self.writing(), new_directory(self.path / name, force=True) as work:
             save_file(values, work / "values.safetensors")
-            (work / "manifest.json").write_bytes(json_bytes({"format": FORMAT, **numbers}))
+            told = {"format": FORMAT, **numbers, SUMS: sha256_file(work / "values.safetensors")}
+            (work / "manifest.json").write_bytes(json_bytes(told))
 
     def numbers(self, name: str = "state") -> dict[str, Any] | None:
         """What was saved beside the values; None if nothing was.
@@ -147,7 +149,10 @@ class StateFolder:
             MoepruneError: they are damaged, or of another run.
         """
         file = self.path / name / "values.safetensors"
+        told = (self.numbers(name) or {}).get(SUMS)
         try:
+            if told not in (None, sha256_file(file)):
+                raise self._damaged(file)
             values = load_file(file)
             with torch.no_grad():
                 for key, p in weights.items():

@@ -112,7 +112,8 @@ class Maker:
         file = self.run.plan_file(cell.slug)
         reset_peak_memory()
         start = time.perf_counter()
-        if row.get("status") == PLANNED and file.is_file():
+        whole = file.is_file() and sha256_file(file) == row.get("plan_sha256")
+        if row.get("status") == PLANNED and whole:
             plan = read_plan(file)
         else:
             plan = self.plan(cell)

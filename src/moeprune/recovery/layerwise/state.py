@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.errors import CheckpointError, MoepruneError
-from moeprune.files import json_bytes, load_json, new_directory
+from moeprune.files import json_bytes, load_json, new_directory, sha256_file
 from moeprune.models.checkpoint import Checkpoint, TensorInfo, read_header
 from moeprune.models.writer import Piece, copied, write_shards
 from moeprune.recovery.layerwise.fitting import Fit
-from moeprune.recovery.state import FORMAT, StateFolder
+from moeprune.recovery.state import FORMAT, SUMS, StateFolder
 
 _MOST = 1 << 26
 _MANIFEST = "manifest.json"
@@ -57,8 +57,7 @@ class LayerFolder(StateFolder):
         """
         record = {"format": FORMAT, **asdict(fit), "changed": changed, "zeros": zeros}
         with self.writing(), new_directory(self._place(fit.layer), force=True) as work:
-            if pieces:
-                write_shards(work, pieces)
+            record[SUMS] = write_shards(work, pieces) if pieces else {}
             (work / _MANIFEST).write_bytes(json_bytes(record))
         self.write_log()
 
@@ -84,12 +83,15 @@ class LayerFolder(StateFolder):
             MoepruneError: they are damaged.
         """
         found: dict[str, TensorInfo] = {}
+        record = self.record(layer)
+        sums = record.get(SUMS, {})
         for file in sorted(self._place(layer).glob("*.safetensors")):
+            if sums.get(file.name) not in (None, sha256_file(file)):
+                raise self._damaged(file)
             try:
                 found |= read_header(file)[0]
             except CheckpointError as error:
                 raise self._damaged(file) from error
-        record = self.record(layer)
         trained = sum(total for _, total in record["changed"].values())
         if len(found) != (trained if record["best_step"] else 0):
             raise self._damaged(self._place(layer))
