@@ -157,7 +157,7 @@ def sizes_of(model: LayeredModel, load: Load) -> Sizes:
         resident=0 if model.is_resident else stored[RESIDENT][0],
         layer=max(whole, default=0),
         rest=max((a - b for a, b in zip(whole, inside, strict=True)), default=0),
-        source=max((stored[index][1] + model.copies * whole[index] for index in layers), default=0),
+        source=max((stored[index][1] + model.beside(index) for index in layers), default=0),
         experts=max((site.shape.experts for site in model.sites.values()), default=1),
         batches=len(load.tokens),
         hidden=_STATES * tokens * _width(model),

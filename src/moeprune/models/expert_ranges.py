@@ -33,7 +33,7 @@ _INDEX = re.compile(r".*experts\.(\d+)\..*")
 def whole_only(model: LayeredModel) -> str | None:
     """Why a layer's experts cannot be loaded some at a time; None if they can."""
     config = text_config(model.config)
-    if model.copies:
+    if model.changes:
         return "its layers are changed as they are loaded"
     if any(getattr(config, key, None) for key in ("approximate_experts", *ANSWER_KEYS)):
         return "some of its experts are constants"

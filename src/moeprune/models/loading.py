@@ -112,10 +112,10 @@ class LayeredModel:
         sites: MoE blocks by layer index.
         changing: held while modules are filled, edited or emptied.
         limits: what walks over it are held to.
-        copies: of a layer, that are made while it is loaded.
+        changes: whether layers are changed as they are loaded.
     """
 
-    copies: ClassVar[int] = 0
+    changes: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -143,6 +143,10 @@ class LayeredModel:
         # loading one layer goes over all modules while another may be edited or freed
         self.changing = threading.RLock()
         self.limits = Limits()
+
+    def beside(self, index: int) -> int:
+        """Bytes that changing a layer takes beside it while it is loaded."""
+        return 0
 
     def when_freed(self, index: int, restore: Callable[[], None]) -> None:
         """Call ``restore`` before a layer is freed: whoever changes its sizes changes them back."""

@@ -39,7 +39,11 @@ class Restriction:
 class AlignedModel(LayeredModel):
     """Weights are copied to aligned addresses: matrix kernels round by the address of operands."""
 
-    copies = 1
+    changes = True
+
+    def beside(self, index: int) -> int:
+        """Parameters are copied one after another."""
+        return max((_nbytes(p) for p in self.layers[index].parameters()), default=0)
 
     def load_resident(self) -> None:
         """As the base class."""
@@ -67,8 +71,6 @@ class RestrictedModel(AlignedModel):
         dtype, device: as in ``LayeredModel``.
     """
 
-    copies = 2
-
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -80,6 +82,13 @@ class RestrictedModel(AlignedModel):
         super().__init__(checkpoint, dtype, device)
         self._restrictions = restrictions
         self._zeros = zeros
+
+    def beside(self, index: int) -> int:
+        """A parameter and what is kept of it; and the layer whose zeros are taken over."""
+        restriction = self._restrictions.get(index)
+        zeros = restriction is not None and restriction.zeros and self._zeros is not None
+        other = sum(map(_nbytes, self.layers[index].parameters())) if zeros else 0
+        return super().beside(index) + other
 
     def load_layer(self, index: int) -> None:
         """Load and restrict."""
@@ -112,11 +121,19 @@ class PlannedModel(AlignedModel):
         super().__init__(checkpoint, dtype, device)
         self._planned = layers
 
+    def beside(self, index: int) -> int:
+        """What an edit makes new is no larger than the layer."""
+        return super().beside(index) + sum(map(_nbytes, self.layers[index].parameters()))
+
     def load_layer(self, index: int) -> None:
         """Load and edit."""
         super().load_layer(index)
         if index in self._planned:
             edit_in_memory(self, self.sites[index], self._planned[index])
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _copy_zeros(
