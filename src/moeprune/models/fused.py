@@ -26,6 +26,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, dot_na
 from moeprune.errors import CheckpointError
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.quantised import Quantisation, read
+from moeprune.models.staging import Staging
 from moeprune.models.writer import TORCH_DTYPES
 
 
@@ -148,7 +149,7 @@ def fill(
 
     todo = sorted(((f, place) for f in fused for place in f.places), key=position)
     with ExitStack() as stack:
-        reader = _Reader(stack)
+        reader = _Reader(stack, device)
         for f, place in todo:
             target = whole[f.name][place.expert, place.first : place.first + place.rows]
             if place.key in weights:
@@ -161,10 +162,10 @@ def fill(
 class _Reader:
     """Reads tensors into memory that is there already; files stay open till the stack ends."""
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, device: torch.device) -> None:
         self._stack = stack
         self._files: dict[Path, int] = {}
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._staging = stack.enter_context(Staging(device))
 
     def into(self, target: Tensor, info: TensorInfo) -> None:
         """``target`` becomes the stored tensor, in its own dtype and on its device."""
@@ -172,11 +173,9 @@ class _Reader:
         if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
             self._bytes(target.view(-1).view(torch.uint8), info)
             return
-        if len(self._scratch) < info.nbytes:
-            self._scratch = torch.empty(info.nbytes, dtype=torch.uint8)
-        stored = self._scratch[: info.nbytes]
+        stored = self._staging.buffer(info.nbytes)
         self._bytes(stored, info)
-        target.copy_(stored.view(dtype).view(target.shape))
+        self._staging.copy(target, stored.view(dtype).view(target.shape))
 
     def _bytes(self, target: Tensor, info: TensorInfo) -> None:
         view, done = memoryview(target.numpy()), 0  # type: ignore[arg-type]  # arrays are buffers

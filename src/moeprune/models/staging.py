@@ -1,0 +1,65 @@
+"""Host memory through which weights reach the tensors of a model.
+
+Weights that are stored as a model holds them are read straight into it on the CPU. All others pass
+through a buffer: those of another dtype, and those of a model on a GPU. For a GPU there are two
+buffers of page-locked memory, in turn: one is read from disk while the other is copied, on a stream
+of its own, so that neither waits for what the GPU computes.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+
+class Staging:
+    """Takes bytes to ``device``; ``with`` ends when all of them are there.
+
+    To be opened when the tensors that will be filled have been allocated: their memory may be that
+    of a layer just freed, which the work queued so far still reads, and copies wait for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8)]
+        self._turn = 0
+        self._copied: list[torch.Event | None] = [None]
+        self._stream: torch.Stream | None = None
+        if device.type == "cuda":
+            self._buffers *= 2
+            self._copied *= 2
+            self._stream = torch.Stream(device)
+            self._stream.wait_stream(torch.accelerator.current_stream(device))
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def buffer(self, nbytes: int) -> Tensor:
+        """The next buffer, ``nbytes`` of it, once what it held has been copied."""
+        self._turn = (self._turn + 1) % len(self._buffers)
+        copied = self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()
+        if len(self._buffers[self._turn]) < nbytes:
+            locked = self._stream is not None
+            self._buffers[self._turn] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=locked)
+        return self._buffers[self._turn][:nbytes]
+
+    def copy(self, target: Tensor, stored: Tensor) -> None:
+        """``target`` becomes ``stored``, a view of the last buffer, in its own dtype."""
+        if self._stream is None:
+            target.copy_(stored)
+            return
+        with self._stream:  # in the stored dtype first: converting is the GPU's, not this core's
+            target.copy_(stored.to(target.device, non_blocking=True))
+            self._copied[self._turn] = self._stream.record_event()

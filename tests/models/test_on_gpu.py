@@ -1,0 +1,80 @@
+"""Weights on their way to another device, and a walk on a GPU against one on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from families import token_ids
+from moeprune.core.statistics import LayerStatistics
+from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.loading import LayeredModel
+from moeprune.models.sites import MoESite
+from moeprune.models.staging import Staging
+from moeprune.models.walk import Batch, Walk
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=on_gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_staged_arrives(device: str) -> None:
+    """Buffers are used again, for more and for fewer bytes, and nothing is overtaken."""
+    draw = torch.Generator().manual_seed(0)
+    values = [torch.randn(3 + 700 * (i % 4), generator=draw).bfloat16() for i in range(20)]
+    targets = [torch.zeros(len(value), device=device) for value in values]
+    with Staging(torch.device(device)) as staging:
+        for target, value in zip(targets, values, strict=True):
+            stored = staging.buffer(2 * len(value)).view(torch.bfloat16)
+            stored.copy_(value)
+            staging.copy(target, stored)
+    for target, value in zip(targets, values, strict=True):
+        torch.testing.assert_close(target.cpu(), value.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layers_arrive_while_others_compute(device: str, tiny: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint.open(tiny("olmoe"))
+    there = LayeredModel(checkpoint, torch.bfloat16, device)
+    here = LayeredModel(checkpoint, torch.bfloat16)
+    ids = token_ids(4, 16, seed=1)
+    batches = [Batch(ids, torch.arange(ids.numel()).view_as(ids))]
+    with Walk(there, batches) as walk:
+        for index in walk.standing():
+            here.load_layer(index)
+            pairs = zip(
+                there.layers[index].named_parameters(), here.layers[index].parameters(), strict=True
+            )
+            for (name, moved), kept in pairs:
+                assert torch.equal(moved.cpu(), kept), name
+            walk.run()
+            here.free_layer(index)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_statistics_of_a_device_are_those_of_the_cpu(
+    device: str, tiny: Callable[[str], Path]
+) -> None:
+    found: dict[str, dict[str, Tensor]] = {"cpu": {}, device: {}}
+    ids = token_ids(8, 32, seed=2)
+    batches = [Batch(ids, torch.arange(ids.numel()).view_as(ids))]
+    for where, tensors in found.items():
+
+        def visit(site: MoESite, sums: LayerStatistics, into: dict[str, Tensor] = tensors) -> bool:
+            for name, tensor in sums.to_tensors().items():
+                into[f"{site.shape.layer}.{name}"] = tensor.cpu()
+            return False
+
+        model = LayeredModel(Checkpoint.open(tiny("olmoe")), torch.float32, where)
+        with Walk(model, batches) as walk:
+            walk.layers(("outputs", "routing"), visit)
+    assert found["cpu"] and found["cpu"].keys() == found[device].keys()
+    for name, expected in found["cpu"].items():
+        torch.testing.assert_close(found[device][name], expected, rtol=1e-3, atol=1e-4)
