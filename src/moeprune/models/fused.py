@@ -26,7 +26,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, dot_na
 from moeprune.errors import CheckpointError
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
 from moeprune.models.quantised import Quantisation, read
-from moeprune.models.staging import Staging
+from moeprune.models.staging import Staging, unwritten
 from moeprune.models.writer import TORCH_DTYPES
 
 
@@ -140,7 +140,7 @@ def fill(
         CheckpointError: a file is shorter than it was.
     """
     weights, infos = quantisation.weights, checkpoint.tensors
-    whole = {f.name: torch.empty(f.shape, dtype=dtypes[f.name], device=device) for f in fused}
+    whole = {f.name: unwritten(f.shape, dtypes[f.name], device) for f in fused}
 
     def position(todo: tuple[Fused, Place]) -> tuple[str, int]:
         key = todo[1].key

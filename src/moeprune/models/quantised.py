@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moeprune.errors import UnsupportedModelError
 from moeprune.models.checkpoint import Checkpoint, TensorInfo
+from moeprune.models.staging import unwritten
 from moeprune.models.writer import Piece, produced
 
 SUPPORTED = ("fp8", "mxfp4")
@@ -159,7 +160,7 @@ def read(
 ) -> Tensor:
     """The weight, or ``weight[row]`` where only that is read; computed as float32, then rounded."""
     if row is None and len(weight.shape) == 3:
-        whole = torch.empty(weight.shape, dtype=dtype)
+        whole = unwritten(weight.shape, dtype, torch.device("cpu"))
         for expert in range(len(whole)):  # all of them as float32 could be twice what is kept
             whole[expert] = read(checkpoint, weight, expert)
         return whole

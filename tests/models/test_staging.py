@@ -1,4 +1,4 @@
-"""Weights on their way to another device, and a walk on a GPU against one on the CPU."""
+"""Memory for weights, their way to another device, and a walk on a GPU against one on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moeprune.core.statistics import LayerStatistics
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.sites import MoESite
-from moeprune.models.staging import Staging
+from moeprune.models.staging import Staging, unwritten
 from moeprune.models.walk import Batch, Walk
 
 on_gpu = [
@@ -37,6 +37,18 @@ def test_what_is_staged_arrives(device: str) -> None:
             staging.copy(target, stored)
     for target, value in zip(targets, values, strict=True):
         torch.testing.assert_close(target.cpu(), value.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (3, 1024, 701)])
+def test_unwritten_tensors_are_as_any_other(shape: tuple[int, ...], device: str) -> None:
+    """Small ones, and those in memory of their own: it lives as long as the last view."""
+    tensor = unwritten(shape, torch.bfloat16, torch.device(device))
+    assert tensor.shape == shape and tensor.is_contiguous() and tensor.device.type == device
+    tensor.fill_(2)
+    view = tensor[1:]
+    del tensor
+    assert torch.equal(view.float().cpu(), torch.full((max(0, shape[0] - 1), *shape[1:]), 2.0))
 
 
 @pytest.mark.parametrize("device", DEVICES)
