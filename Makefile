@@ -16,7 +16,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Serves pruned models with vLLM on the CPU and writes docs/serving.md. Not part of `make test`: it
-# installs three gigabytes, and then takes about nine minutes of processor time.
+# installs three gigabytes, and then takes about twelve minutes of processor time.
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	rm -rf $(VLLM)/checkpoints

@@ -27,6 +27,8 @@ OWN = [
     "largest gap", "rounding", "expert parameters", "served",
 ]  # fmt: skip
 
+WAY = ["served", "checkpoint", "decisions agree", "whole continuations", "log-probabilities"]
+
 HELD = ["checkpoint", "experts in the files", "experts served", "process", "less than unpruned"]
 
 
@@ -81,9 +83,16 @@ def own_cells(
     ]
 
 
+def way_cells(name: str, found: Compared) -> list[str]:
+    """What another way to serve gives, in float32."""
+    _, decisions, whole, *_ = _agreement("float32", found)
+    return [name, decisions, whole, f"{middle(found.moved):.2g}, {_largest(found.moved)}"]
+
+
 def page(
     rows: Sequence[Sequence[str]],
     own_rows: Sequence[Sequence[str]],
+    way_rows: Sequence[Sequence[str]],
     http: Sequence[Sequence[str]],
     transcript: str,
     told: Mapping[str, str],
@@ -101,6 +110,7 @@ def page(
     return head.format(
         stock=table([STOCK, *rows]),
         own=table([OWN, *own_rows]),
+        ways=table([WAY, *way_rows]),
         http=table([["checkpoint", "computed in", "whole continuations"], *http]),
         transcript=transcript,
         held=table([HELD, *held]),

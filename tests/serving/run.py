@@ -30,6 +30,12 @@ WITHOUT_PLUGIN = {"VLLM_PLUGINS": "none"}
 
 KINDS = ("novices", "uneven", "maps", "answers")
 STOCK = ("pruned", "masked", "sparse", "merged", "narrow", "shallow", "padded")
+WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "compiled": ({"eager": False}, ("demo/novices", "mixtral/maps", "olmoe/uneven")),
+    "two tensor parallel ranks": ({"ranks": 2}, ("olmoe/maps", "mixtral/answers", "olmoe/uneven")),
+}
+"""Ways to serve that differ from the other comparisons', and what is served so."""
+
 LARGE = ("original", "novices", "uneven")
 
 START, EACH = 600, 120
@@ -47,6 +53,7 @@ def serve(
     wanted: Iterable[tuple[Path, str]],
     trust: bool = False,
     environment: Mapping[str, str] = {},
+    way: Mapping[str, Any] = {},
 ) -> list[dict[str, Any]]:
     """What vLLM makes of checkpoints (path, dtype), in one process, one after the other.
 
@@ -56,7 +63,8 @@ def serve(
     for checkpoint, dtype in wanted:
         facts = facts_of(checkpoint)[dtype]
         plain = f"{checkpoint.name}-{dtype}{'-trusted' * trust}{'-plain' * bool(environment)}"
-        result = checkpoint.parent / f"{plain}.result"
+        other = "".join(f"-{key}-{value}" for key, value in way.items())
+        result = checkpoint.parent / f"{plain}{other}.result"
         jobs.append(
             {
                 "checkpoint": str(checkpoint),
@@ -66,6 +74,7 @@ def serve(
                 "candidates": len(facts[0]["top"][0]),
                 "dtype": dtype,
                 "trust": trust,
+                **way,
             }
         )
     folder = Path(jobs[0]["checkpoint"]).parent.parent
@@ -151,6 +160,22 @@ def tables(directory: Path, python: Path) -> tuple[list[list[str]], list[list[st
     return rows, own_rows, faults
 
 
+def ways(directory: Path, python: Path) -> tuple[list[list[str]], list[str]]:
+    """Rows of checkpoints that are served in ``WAYS``, and what is wrong."""
+    rows, faults = [], []
+    for said, (way, names) in WAYS.items():
+        wanted = [(directory / name, "float32") for name in names]
+        for name, served in zip(names, serve(python, wanted, way=way), strict=True):
+            found = compare(directory / name, "float32", served)
+            if isinstance(found, str):
+                faults.append(f"{name}, {said}: vLLM does not load it: {found}")
+                continue
+            faults += [f"{name}, {said}: {one}" for one in found.faults("float32")]
+            rows.append([said, *page.way_cells(name, found)])
+            print(name, said, f"{found.same} of {found.decisions}", flush=True)
+    return rows, faults
+
+
 def memory(folder: Path, python: Path) -> tuple[list[list[str]], list[str]]:
     """Rows of what a process holds after loading each of the large models, and what is wrong."""
     rows, faults, before = [], [], 0
@@ -217,10 +242,20 @@ def main(directory: Path, python: Path, out: Path) -> int:
     faults += wrong
     http, transcript, wrong = over_the_wire(directory / "demo", python)
     faults += wrong
+    way_rows, wrong = ways(directory, python)
+    faults += wrong
     held, wrong = memory(directory / "large", python)
     faults += wrong
     text = page.page(
-        rows, own_rows, http, transcript, told, held, directory, time.perf_counter() - begin
+        rows,
+        own_rows,
+        way_rows,
+        http,
+        transcript,
+        told,
+        held,
+        directory,
+        time.perf_counter() - begin,
     )
     out.write_text(text, encoding="utf-8") if not faults else None
     for fault in faults:

@@ -3,8 +3,9 @@
 python tests/serving/serve.py JOBS.json
 
 JOBS.json: a list of {"checkpoint", "result", "prompts": [[token id, ...], ...], "tokens": N,
-"candidates": C, "dtype": name, "trust": whether the checkpoint's own Python files may run}. The
-file ``result``: per prompt the greedy tokens and, for each step, the leading tokens with their
+"candidates": C, "dtype": name, "trust": whether the checkpoint's own Python files may run, "eager":
+whether nothing is compiled (true unless given), "ranks": of tensor parallelism (1)}. The file
+``result``: per prompt the greedy tokens and, for each step, the leading tokens with their
 logarithmic probabilities; or the error. The models are loaded one after the other, because starting
 vLLM takes longer than anything that tiny models do.
 """
@@ -58,7 +59,8 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     model = vllm.LLM(
         model=job["checkpoint"],
         dtype=job["dtype"],
-        enforce_eager=True,
+        enforce_eager=job.get("eager", True),
+        tensor_parallel_size=job.get("ranks", 1),
         max_model_len=256,
         skip_tokenizer_init=True,
         trust_remote_code=job["trust"],
@@ -85,7 +87,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         }
         for output in outputs
     ]
-    (experts,) = model.apply_model(expert_parameters)
+    experts = sum(model.apply_model(expert_parameters))  # of all ranks
     versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
     return {
         "continuations": found,

@@ -110,6 +110,10 @@ def test_names_in_checkpoints() -> None:
         slots.stored_name("1.up_proj.weight")
     with pytest.raises(CheckpointError, match=r"5\.approx_value is stored"):
         slots.row("5.approx_value")
+    without = Slots.of(config(experts_served_by={"0": [0, 0, 2, 3, 4, 5]}), 0, 6)
+    assert without is not None
+    with pytest.raises(CheckpointError, match="output_offset is stored"):
+        without.row("output_offset")
 
 
 def test_layers_without_anything_of_ours() -> None:
@@ -141,6 +145,26 @@ def test_entry_point_and_what_it_registers(monkeypatch: pytest.MonkeyPatch) -> N
     assert names["NoviceOlmoeForCausalLM"].endswith(":PrunedOlmoeForCausalLM")
     assert names["UnevenGlm4MoeForCausalLM"] == plugin.BACKEND
     assert sum(where != plugin.BACKEND for where in names.values()) == 18
+
+
+def test_a_vllm_that_differs_opens_other_models(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registered: dict[str, str] = {}
+    registry = SimpleNamespace(register_model=registered.__setitem__)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    monkeypatch.delitem(sys.modules, "moeprune.serving.vllm_config", raising=False)
+    plugin.register()
+    assert registered == plugin.architectures()
+    assert "tested with vLLM 0.32" in caplog.text and "uneven DeepSeek" in caplog.text
+
+
+@pytest.mark.parametrize(("version", "said"), [("0.32.0+cpu", False), ("0.33.1", True)])
+def test_another_version_is_said(
+    version: str, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin.warn_of_version(version)
+    assert (f"this is {version}: compare" in caplog.text) == said
 
 
 def test_every_architecture_has_a_class() -> None:

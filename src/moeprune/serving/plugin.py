@@ -6,9 +6,14 @@ imported here; the models are imported when a checkpoint asks for one of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from moeprune.errors import MoepruneError
+
+TESTED = "0.32"
+"""The version of vLLM that docs/serving.md was measured with; we build on what is no public API."""
 
 NATIVE: Mapping[str, tuple[str, str]] = {
     "OlmoeForCausalLM": ("olmoe", "num_experts"),
@@ -26,6 +31,8 @@ KINDS = ("Novice", "Answering", "Uneven")
 MODELS = "moeprune.serving.vllm_models"
 BACKEND = "moeprune.serving.vllm_backend:PrunedTransformersForCausalLM"
 """The class for all others, on vLLM's transformers backend."""
+
+_log = logging.getLogger("vllm.moeprune")
 
 
 def architectures() -> dict[str, str]:
@@ -53,6 +60,38 @@ def register() -> None:
         ) from None
     for name, where in architectures().items():
         ModelRegistry.register_model(name, where)
-    from moeprune.serving.vllm_config import accept_uneven  # noqa: PLC0415
+    try:
+        from moeprune.serving.vllm_config import accept_uneven  # noqa: PLC0415
 
-    accept_uneven()
+        accept_uneven()
+    except (ImportError, AttributeError) as error:
+        # every model that is opened passes here, and most are none of ours
+        _log.warning(
+            "moeprune's plugin is tested with vLLM %s; in this one uneven DeepSeek checkpoints "
+            "cannot be opened: %s", TESTED, error,
+        )  # fmt: skip
+
+
+@contextmanager
+def building_on_vllm() -> Iterator[None]:
+    """Around what takes names out of vLLM; without them the models cannot be made.
+
+    Raises:
+        MoepruneError: this vLLM does not have one of them.
+    """
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise MoepruneError(
+            f"this vLLM does not have what the plugin builds on: {error}",
+            f"it is tested with {TESTED}",
+        ) from error
+
+
+def warn_of_version(version: str) -> None:
+    """Say that a version of vLLM is not the tested one; others may call our code differently."""
+    if not version.startswith(f"{TESTED}."):
+        _log.warning(
+            "moeprune's plugin is tested with vLLM %s, this is %s: compare what it generates with "
+            "transformers", TESTED, version,
+        )  # fmt: skip

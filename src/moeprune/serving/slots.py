@@ -82,14 +82,12 @@ class Slots:
 
         ``name`` is relative to the experts: ``5.approx_value``, ``output_offset``.
         """
-        if name in _ALL:
-            return slice(None)
         match = _ONE.fullmatch(name)
-        if match is None:
+        if match is None and name not in _ALL:
             return None
-        if int(match[1]) not in self.added:
+        if not self.added or (match is not None and int(match[1]) not in self.added):
             raise CheckpointError(f"{name} is stored, but config.json does not mention it")
-        return self.added.index(int(match[1]))
+        return slice(None) if match is None else self.added.index(int(match[1]))
 
     def stored_name(self, name: str) -> str:
         """The name of a stored expert's tensor by its slot: ``5.up_proj.weight`` to ``2.…``."""

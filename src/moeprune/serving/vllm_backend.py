@@ -12,16 +12,20 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.logger import init_logger
-from vllm.model_executor.models.transformers import TransformersMoEForCausalLM
-from vllm.model_executor.models.transformers import moe as backend
-from vllm.model_executor.models.utils import extract_layer_index
 
 from moeprune.errors import UnsupportedModelError
 from moeprune.models.sites import count_key, find_sites, is_swiglu, is_uneven, resize_facts
 from moeprune.models.uneven_runtime import install
-from moeprune.serving.vllm_experts import experts_factory
+from moeprune.serving.plugin import building_on_vllm
 from moeprune.serving.vllm_models import load_vectors, replaced
+
+with building_on_vllm():
+    from vllm.logger import init_logger
+    from vllm.model_executor.models.transformers import TransformersMoEForCausalLM
+    from vllm.model_executor.models.transformers import moe as backend
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    from moeprune.serving.vllm_experts import experts_factory
 
 TRIED = frozenset({"dots1", "ernie4_5_moe", "glm4_moe", "granitemoe", "hunyuan_v1_moe"})
 """Model types that were compared with transformers, token by token: docs/serving.md."""

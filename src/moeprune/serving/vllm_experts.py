@@ -27,6 +27,14 @@ from moeprune.errors import CheckpointError, UnsupportedModelError
 from moeprune.models.uneven_runtime import experts_of
 from moeprune.serving.slots import Slots, added_output, index_tensors
 
+_OVERRIDDEN = RoutedExperts.forward_modular, RoutedExperts.forward_monolithic
+"""Missing in another vLLM, they fail here: a method that nobody calls would be a wrong result."""
+
+_SAME_TWICE = ("TRITON", "CPU")
+"""Kernels that compute each choice of a token by itself. Others sort tokens by experts in a way
+that takes it for granted that a token never chooses one expert twice, which here it does: all
+novices have one slot, and so has who answers for others."""
+
 _QUANTISED = re.compile(r"_(scale|packed|zero_point|blocks|g_idx)")
 """In names of tensors that quantised weights have beside them, or are stored in."""
 
@@ -50,13 +58,16 @@ class SlottedExperts(RoutedExperts):  # type: ignore[misc]
     def _refuse(self) -> None:
         """Say no to what would leave the vectors out, or has not been tried."""
         parallel = self.moe_config.moe_parallel_config
+        kernel = getattr(getattr(self.quant_method, "unquantized_backend", None), "name", "unknown")
         found = {
             "quantised experts": not isinstance(self.quant_method, UnquantizedFusedMoEMethod),
-            "a kernel that routes by itself (choose another --moe-backend)": (
+            "a kernel that routes by itself (choose --moe-backend triton)": (
                 self.quant_method.is_monolithic
             ),
+            f"the kernel {kernel} (choose --moe-backend triton)": kernel not in _SAME_TWICE,
             "--enable-expert-parallel": parallel.use_ep,
             "data parallel experts": parallel.dp_size > 1,
+            "prefill context parallel experts": parallel.pcp_size > 1,
             "sequence parallel experts": parallel.is_sequence_parallel,
             "--enable-eplb": parallel.enable_eplb,
             "--enable-lora": self.moe_config.is_lora_enabled,
@@ -137,6 +148,11 @@ def slotted(experts: type[RoutedExperts]) -> type[SlottedExperts]:
     return type(f"Slotted{experts.__name__}", (SlottedExperts, experts), {"__module__": __name__})
 
 
+def has_own_numbers(config: Any) -> bool:
+    """Whether config.json gives layers numbers of experts of their own."""
+    return bool(getattr(config, "per_layer_config", None)) or hasattr(config, "experts_per_layer")
+
+
 def experts_factory(config: Any, count: str | None = None) -> Callable[..., Any]:
     """What takes the place of vLLM's ``FusedMoEFactory`` while a model is built.
 
@@ -149,6 +165,12 @@ def experts_factory(config: Any, count: str | None = None) -> Callable[..., Any]
         layer = extract_layer_index(options["prefix"])
         if count is not None:
             options["num_experts"] = experts_of(config, layer, count)
+        if options.get("enable_eplb") and has_own_numbers(config):
+            # it has one table of places for all layers
+            raise UnsupportedModelError(
+                f"{options['prefix']}: layers of this checkpoint hold different numbers of "
+                "experts, which does not go together with --enable-eplb"
+            )
         experts = options["num_experts"]
         slots = Slots.of(config, layer, experts)
         if slots is None:

@@ -17,19 +17,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from moeprune.errors import MoepruneError
 from moeprune.models.uneven_runtime import experts_of
-from moeprune.serving.plugin import NATIVE
+from moeprune.serving.plugin import NATIVE, building_on_vllm, warn_of_version
 
-try:
+with building_on_vllm():
     import vllm
     from vllm.model_executor.models.utils import make_layers
 
-    from moeprune.serving.vllm_experts import SlottedExperts, experts_factory
-except ImportError as error:
-    raise MoepruneError(
-        f"this vLLM does not have what the plugin builds on: {error}", "it is tested with 0.32"
-    ) from error
+    from moeprune.serving.vllm_experts import SlottedExperts, experts_factory, has_own_numbers
+
+warn_of_version(vllm.__version__)
 
 
 class Pruned:
@@ -117,7 +114,7 @@ def replaced(where: ModuleType, **names: Any) -> Iterator[None]:
 
 def layers_factory(config: Any, count: str) -> Callable[..., Any]:
     """What takes the place of ``make_layers``: shows every layer its own number of experts."""
-    if not getattr(config, "per_layer_config", None) and not hasattr(config, "experts_per_layer"):
+    if not has_own_numbers(config):
         return make_layers  # type: ignore[no-any-return]
 
     def build(layers: int, layer: Callable[..., nn.Module], prefix: str) -> Any:
@@ -143,7 +140,8 @@ def tie(model: Any, config: Any) -> None:
 
 def _pruned(native: str) -> type[Any]:
     module, count = NATIVE[native]
-    base = getattr(import_module(f"{vllm.__name__}.model_executor.models.{module}"), native)
+    with building_on_vllm():
+        base = getattr(import_module(f"{vllm.__name__}.model_executor.models.{module}"), native)
     name = f"Pruned{native}"
     return type(name, (Pruned, base), {"__module__": __name__, "count": count})
 
