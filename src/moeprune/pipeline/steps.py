@@ -250,8 +250,8 @@ class Steps:
             plan = kept_plan(kept.folder, _plan_of(number))
             if plan is None:
                 return False
-            sizes = Sizes(**{k: v if k == "attached" else (*v,) for k, v in told["sizes"].items()})
-            self.done.append(StepDone(plan, sizes, told["seconds"], told["observed"]))
+            told["sizes"] = Sizes.from_json(told["sizes"])
+            self.done.append(StepDone(plan, told["sizes"], told["seconds"], told["observed"]))
         wanted = self._projected(count)
         if wanted and not finished_statistics(place / f"statistics-{count}", wanted):
             return False
