@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -17,6 +18,7 @@ from moeprune.models import walk_state
 from moeprune.pipeline.inputs import Text
 from moeprune.pipeline.kept_steps import KeptSteps
 from moeprune.pipeline.recipes.run import run
+from moeprune.recovery import state
 from recovery.test_recipe_recovery import SHORT, step, write
 from support import tree
 
@@ -154,11 +156,25 @@ def cut(whole: Whole, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole[0].parent / "spare", tmp_path / "cut"))
 
 
-def test_interrupted(whole: Whole, cut: Path, teacher: Path, text: Text,
-                     caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "full")
+
+
+def test_cut_by_an_error(
+    whole: Whole,
+    cut: Path,
+    teacher: Path,
+    text: Text,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     path, work = cut / "recipe.yaml", cut / "out.recipe"
-    with pytest.raises(KeyboardInterrupt):
-        run(path, progress=Told("training", 3, do=interrupt))
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(OutputError, match=r"disk full.*the state of step") as caught:
+        run(path)
+    monkeypatch.undo()
+    kept_there = f"make room; what is done is kept in {work}: run the same command again"
+    assert caught.value.hint == kept_there and caught.value.problem.startswith("step 3 (recover")
     kept = {entry.name for entry in work.iterdir()}
     assert {"step-1.json", "step-2.json", "step-2", "output.recovery", "statistics-0"} <= kept
     assert not {"step-1", "step-3", "output"} & kept and not (cut / "out").exists()

@@ -103,16 +103,24 @@ def run(
         checkpoint = Checkpoint.open(loaded.model(), compute.trust_remote_code)
         read_heldout(checkpoint, heldout)
     steps.run()
+    seconds = time.perf_counter() - begin
+    return _result(loaded, steps, measured or None, seconds)
+
+
+def _result(
+    loaded: Loaded, steps: Steps, measured: dict[str, Any] | None, seconds: float
+) -> dict[str, Any]:
+    """``moeprune.recipe-run/1``."""
     return {
         "format": RESULT_FORMAT,
         "recipe": {"file": loaded.path.name, "sha256": sha256_file(loaded.path)},
         "about": loaded.recipe.about,
         "model": model_name(loaded.model()),
-        "path": str(target),
+        "path": str(steps.out),
         "steps": _all_described(steps),
-        "evaluation": measured or None,
+        "evaluation": measured,
         "peak_memory_bytes": steps.peak,
-        "seconds": round(time.perf_counter() - begin, 2),
+        "seconds": round(seconds, 2),
         "versions": versions(),
     }
 
