@@ -230,6 +230,28 @@ def test_force_begins_anew_and_kept_steps_appear_together(
     assert {entry.name for entry in keep.iterdir()} == {"step-1"}
 
 
+def test_killed_while_its_folder_is_removed(
+    teacher: Path, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rmtree = recipe(tmp_path, teacher, text, BRIEF), shutil.rmtree
+
+    def killed(place: Any, **named: Any) -> None:
+        if Path(place).name in ("sums", "out.recipe") and (tmp_path / "out").exists():
+            raise KeyboardInterrupt
+        rmtree(place, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(path)
+    monkeypatch.undo()
+    assert (tmp_path / "out.recipe").is_dir()
+    before = tree(tmp_path / "out")
+    with pytest.raises(OutputError, match="output exists"):
+        run(path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"recipe.yaml", "out"}
+    assert tree(tmp_path / "out") == before
+
+
 def test_what_would_fail_again_is_not_kept(teacher: Path, text: Text, tmp_path: Path) -> None:
     steps = "  - {method: random, budget: {keep: 6}}\n  - {method: moeits, budget: {keep: 7}}\n"
     path = recipe(tmp_path, teacher, text, steps)
