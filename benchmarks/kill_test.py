@@ -10,6 +10,7 @@ files, all but what is named, because it says how long something took or how muc
 
 - compare.json: seconds, peak_memory_bytes; compare.html, which shows them, is left out
 - moeprune.json and README.md of a recovered checkpoint: seconds; moeprune_recovery.jsonl: seconds
+- moeprune_run.json of a recipe: seconds; report.html, which shows them, is left out
 
 The apply under test writes shards of 1 MB, so that the embedded model has a dozen.
 """
@@ -39,6 +40,7 @@ import moeprune
 import moeprune.cli.app
 import moeprune.models.surgery as surgery
 import moeprune.pipeline.arena.run
+import moeprune.pipeline.recipes.run
 import moeprune.pipeline.recovery
 import moeprune.pipeline.stages
 from moeprune.models.data import demo_text
@@ -48,10 +50,23 @@ TIMES = {
     "compare.json": ("seconds", "peak_memory_bytes"),
     "moeprune.json": ("seconds",),
     "moeprune_recovery.jsonl": ("seconds",),
+    "moeprune_run.json": ("seconds",),
 }
-LEFT_OUT = ("compare.html",)
+LEFT_OUT = ("compare.html", "report.html")
 _SECONDS = re.compile(r"\d[\d.,]* (s|seconds|minutes)\b")
 SHARD = 1_000_000
+RECIPE = """format: moeprune.recipe/1
+model: demo
+calibration: {{data: ["english={0}"], sequences: 8, length: 64}}
+compute: {{dtype: float32, workers: 1}}
+steps:
+  - {{method: frequency, budget: {{ratio: 0.25}}}}
+  - {{method: moe-pruner, options: {{propagate: dense}}, budget: {{ratio: 0.5}},
+     statistics: project}}
+  - recover: router-kd
+    options: {{steps: 4, save_every: 1, batch: 2, sequences: 24, length: 64}}
+evaluation: {{data: ["english={0}"], sequences: 2, length: 32}}
+"""
 _ENOUGH = 900.0
 
 
@@ -177,6 +192,8 @@ def commands(base: Path, only: tuple[str, ...]) -> list[Command]:
         code, _, said = run(list(args), base)
         if code:
             raise SystemExit(f"{args}: {said}")
+    recipe = base / "recipe.yaml"
+    recipe.write_text(RECIPE.format(text), encoding="utf-8")
     training = ("--steps", "8", "--save-every", "2", "--batch", "2", "--resume")
     found = [
         Command("calibrate", ("calibrate", "demo", *small, "--sequences", "24", "--dtype",
@@ -187,6 +204,7 @@ def commands(base: Path, only: tuple[str, ...]) -> list[Command]:
                             "--windows", "2", "--window", "32")),
         Command("recover", ("recover", str(base / "student"), "--teacher", "demo", "--data",
                             f"english={text}", "--length", "64", "--sequences", "24", *training)),
+        Command("run", ("run", str(recipe))),
     ]  # fmt: skip
     return [command for command in found if command.name in only]
 
@@ -284,7 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--points", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="calibrate,apply,compare,recover")
+    parser.add_argument("--only", default="calibrate,apply,compare,recover,run")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     only = tuple(given.only.split(","))

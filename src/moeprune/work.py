@@ -34,10 +34,11 @@ from moeprune.files import (
 )
 
 FORMAT = "moeprune.work/1"
-STAGES = ("calibration", "plan", "writing", "evaluation", "pruning")
+STAGES = ("calibration", "plan", "writing", "evaluation", "pruning", "recipe")
 RUN, SUMS, OUTPUT, _PUBLISHING = "run.json", "sums", "output", "publishing"
 _MOST = 1 << 24
 _SHOWN = 3
+_AGAIN = "run the same command again"
 _LOG = logging.getLogger(__name__)
 
 
@@ -71,6 +72,10 @@ class WorkFolder:
     def announce(self) -> None:
         """Note that the output is about to appear, and that nothing is in its way."""
         write_together({self.path / _PUBLISHING: b""}, force=True)
+
+    def retract(self) -> None:
+        """The output is not about to appear after all: more has to be done before."""
+        (self.path / _PUBLISHING).unlink(missing_ok=True)
 
     def clean_output(self) -> Path:
         """Make ``output`` a directory with kept files and nothing else; returns it."""
@@ -178,6 +183,11 @@ class WorkFolder:
         """Forget a kept file."""
         self._record(name).unlink(missing_ok=True)
         (self.path / name).unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Forget all kept files, so that the folder goes if an error ends the run."""
+        for name in self.names():
+            self.remove(name)
 
     def _record(self, name: str) -> Path:
         return self.path / SUMS / f"{name}.json"
@@ -348,9 +358,11 @@ def _told(folder: WorkFolder) -> Iterator[None]:
         if any(map(is_partial, folder.path.absolute().parents)):
             raise  # all of that goes
         if isinstance(error, OutputError):
+            if error.hint.endswith(_AGAIN):
+                raise  # of a folder in this one
             problem = error.problem.removesuffix("; nothing was kept")
             hint = "" if error.hint == "nothing was kept" else f"{error.hint}; "
-            kept = f"what is done is kept in {folder.path}: run the same command again"
+            kept = f"what is done is kept in {folder.path}: {_AGAIN}"
             raise OutputError(problem, hint + kept) from error
         folder.note(f"what is done is kept in {folder.path}: the same command goes on from it")
         raise

@@ -74,6 +74,12 @@ class Sizes:
     bytes: tuple[int, int]
     attached: Mapping[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Sizes:
+        """What ``dataclasses.asdict`` made, as JSON gives it back."""
+        pairs = {name: tuple(told[name]) for name in ("experts", "parameters", "nonzero", "bytes")}
+        return cls(**pairs, attached=told["attached"])
+
 
 @dataclass(frozen=True)
 class Writing:

@@ -254,6 +254,12 @@ def steps_of(directory: Path) -> list[dict[str, Any]]:
     return [step_of(found)]
 
 
+def checksums_of(directory: Path) -> dict[str, str]:
+    """The SHA-256 of a checkpoint's files of weights, as it says itself."""
+    told = _record_of(directory).get(CHECKSUMS)
+    return told if isinstance(told, dict) else {}
+
+
 def _record_of(directory: Path) -> dict[str, Any]:
     try:
         found = load_json(directory / PROVENANCE, _MAX_PROVENANCE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeprune.errors import MoepruneError, UnsupportedModelError
+from moeprune.errors import MoepruneError, OutputError, UnsupportedModelError
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Writing
 from moeprune.models.quantised import Quantisation
@@ -17,10 +17,13 @@ from moeprune.pipeline.inputs import (
     Progress,
     Source,
     Text,
+    code_of,
     model_name,
     read_calibration,
     refuse_source,
+    say,
 )
+from moeprune.pipeline.pruning_place import text_of
 from moeprune.recovery.training import Training
 
 if TYPE_CHECKING:
@@ -128,10 +131,30 @@ def refuse_recovery(
 
 def _read(text: Text, original: Checkpoint) -> None:
     """A missing file shows before hours of work."""
+    read_calibration(original, replace(text, sources=_written(text)))
+
+
+def _written(text: Text) -> tuple[str, ...]:
+    """The sources that the teacher does not write."""
     from moeprune.pipeline.teacher_samples import Samples  # noqa: PLC0415  (imports transformers)
 
-    written = tuple(source for source in text.sources if Samples.parse(source) is None)
-    read_calibration(original, replace(text, sources=written))
+    return tuple(source for source in text.sources if Samples.parse(source) is None)
+
+
+def inputs_of_recovery(recovery: Recovery, original: Checkpoint) -> dict[str, Any]:
+    """What decides a recovery beside the student, by name."""
+    text, teacher = recovery.text, original if recovery.taught else None
+    if recovery.taught and recovery.teacher is not None:
+        teacher = Checkpoint.open(recovery.teacher, original.trust_remote_code)
+    written = _written(text)
+    return {
+        "recover": recovery.training.how,
+        **{f"option {name}": value for name, value in recovery.training.to_json().items()},
+        "text": text_of(replace(text, sources=written)),
+        "samples": [source for source in text.sources if source not in written],
+        "teacher": None if teacher is None else teacher.fingerprint,
+        "teacher code": None if teacher is None else code_of(teacher),
+    }
 
 
 def run_recovery(
@@ -148,7 +171,8 @@ def run_recovery(
         recovery: the step.
         source: what the step before wrote.
         original: the model that the first step changed.
-        target: the new directory; what a run keeps to go on stands beside it and goes with it.
+        target: the new directory; what a run that was cut keeps stands beside it, and it goes on
+            from there.
         compute: as of the other steps; weights that train are float32.
         progress: as in the stages.
 
@@ -156,28 +180,38 @@ def run_recovery(
         MoepruneError: as ``recover``.
     """
     from moeprune.pipeline.recovery import recover  # noqa: PLC0415  (accelerate takes seconds)
+    from moeprune.recovery.state import DamagedState, StateFolder  # noqa: PLC0415  (as above)
 
     def listen(status: Status) -> None:
         progress("training", status.step, status.steps)
 
     teacher = original if recovery.teacher is None else recovery.teacher
     name = model_name(teacher) if recovery.taught else None
-    begin = time.perf_counter()
-    try:
-        result: Recovered = recover(
+
+    def recovered() -> Recovered:
+        return recover(
             source, teacher if recovery.taught else None, target, recovery.training, recovery.text,
-            Compute(compute.device, "float32", 0, compute.trust_remote_code),
+            Compute(compute.device, "float32", 0, compute.trust_remote_code), resume=True,
             listen=listen, progress=progress, processes=recovery.processes,
         )  # fmt: skip
+
+    begin = time.perf_counter()
+    try:
+        try:
+            result = recovered()
+        except DamagedState as error:
+            say(f"{error.problem}: this recovery begins again")
+            StateFolder(target).delete()
+            result = recovered()
     except MoepruneError as error:
-        if not any(flag in error.hint for flag in ("--resume", "--force")):
+        if "--resume" in error.hint:  # the recipe itself goes on: OutputErrors say so
+            others = [part for part in error.hint.split(", ") if "--resume" not in part]
+            raise OutputError(error.problem, ", ".join(others)) from error
+        if "--force" not in error.hint:
             raise
-        # what it says is kept goes with the folder of the steps, so nobody can go on with it
-        hint = error.hint.partition(", ")[0]
-        raise type(error)(
-            f"{error.problem.partition('; ')[0]}; nothing was kept",
-            "run the recipe again" if "--resume" in hint else hint,
-        ) from error
+        # what it says is kept goes with the folder of the recipe: its options would have to change
+        problem = f"{error.problem.partition('; ')[0]}; nothing was kept"
+        raise type(error)(problem, error.hint.partition(", ")[0]) from error
     told = {key: value for key, value in result.to_json().items() if key != "path"}
     took = {"recover": time.perf_counter() - begin}
     return RecoveryDone(recovery, name, told, took)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from moeprune.core.accumulators import Routing, Served
 from moeprune.core.budget import Budget
@@ -16,28 +15,36 @@ from moeprune.core.constraints import Constraints
 from moeprune.core.method import Method
 from moeprune.core.plan import Plan
 from moeprune.core.targets import Target
-from moeprune.errors import MoepruneError, OutputError, PlanError
-from moeprune.files import new_directory, refuse_existing
+from moeprune.errors import MoepruneError, OutputError
+from moeprune.files import refuse_existing
 from moeprune.models.byte_exact import refuse_method
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.editing import Sizes, Writing
 from moeprune.models.projection import project_statistics
-from moeprune.models.store import read_plan
 from moeprune.models.surgery import WRITING, apply_plan
 from moeprune.pipeline.asking import PROTECTION_NEEDS, accept
 from moeprune.pipeline.calibration import calibrate
 from moeprune.pipeline.inputs import Compute, Progress, Source, Text, refuse_source, silent
+from moeprune.pipeline.kept_steps import RECIPE, KeptSteps, recipe_place
 from moeprune.pipeline.measure import peak_memory, reset_peak_memory
 from moeprune.pipeline.planning import plan as make_plan
 from moeprune.pipeline.pruning_place import (
     PRUNING,
     finished_statistics,
     inputs_of,
+    keep_plan,
+    kept_plan,
     plan_name,
     pruning_place,
 )
-from moeprune.pipeline.recovery_steps import Recovery, RecoveryDone, refuse_recovery, run_recovery
-from moeprune.work import drop_finished, refuse_finished
+from moeprune.pipeline.recovery_steps import (
+    Recovery,
+    RecoveryDone,
+    inputs_of_recovery,
+    refuse_recovery,
+    run_recovery,
+)
+from moeprune.work import WorkFolder, drop_finished, refuse_finished
 
 RECOMPUTE = "recompute"
 PROJECT = "project"
@@ -75,6 +82,19 @@ class Step:
             return set()
         return {*self.method.needs, *([PROTECTION_NEEDS] if self.constraints.protect_super else [])}
 
+    def inputs(self) -> dict[str, Any]:
+        """What decides its plan beside the model and the text, by name."""
+        budget = self.budget
+        return {
+            "method": self.method.name,
+            **{f"option {name}": value for name, value in self.method.options().items()},
+            "budget": budget.to_json() if isinstance(budget, Budget) else asdict(budget),
+            "uniform": self.uniform,
+            "statistics": self.statistics,
+            "seed": self.seed,
+            "constraints": asdict(self.constraints),
+        }
+
 
 @dataclass(frozen=True)
 class StepDone:
@@ -99,6 +119,9 @@ class Steps:
         compute, writing, progress: as in the stages.
         force: replace ``out``.
         keep: a directory for the checkpoints between the steps; None deletes them.
+        recipe: what else the recipe asks for, by name; None for the one step of ``prune``, whose
+            statistics serve other budgets as well.
+        finish: what is to be done once the output is there; gets the work folder.
         observed: gets the statistics of the original, before they are deleted.
         done: what the steps that prune did.
         recovered: what recoveries did, by number of the step.
@@ -115,6 +138,8 @@ class Steps:
     force: bool = False
     keep: Path | None = None
     observed: Callable[[Path], None] | None = None
+    recipe: Mapping[str, Any] | None = None
+    finish: Callable[[WorkFolder], None] = lambda folder: None
     done: list[StepDone] = field(default_factory=list)
     recovered: dict[int, RecoveryDone] = field(default_factory=dict)
     peak: int | None = None
@@ -123,13 +148,13 @@ class Steps:
         """All steps; ``out`` appears when the last one succeeds. Returns those that prune.
 
         Raises:
-            MoepruneError: anything the user can mend; nothing is left behind.
+            MoepruneError: anything the user can mend; what took long stays for the same call.
         """
-        if self._resumable:
+        if self.recipe is None:
             drop_finished(self.out, PRUNING)
             refuse_finished(self.out, PRUNING, WRITING, force=self.force)
         else:
-            refuse_existing(self.out, self.force)
+            refuse_finished(self.out, RECIPE, force=self.force)
         original = Checkpoint.open(self.source, self.compute.trust_remote_code)
         refuse_source(original, self.out)
         for number, step in enumerate(self.steps):
@@ -140,58 +165,108 @@ class Steps:
             prunings = sum(isinstance(one, Step) for one in self.steps[:number])
             with self._naming(number):
                 refuse_recovery(step, original, prunings, self.out, self.compute, self.writing)
-        if self.keep is not None:
-            refuse_existing(self.keep, False)
-            if self.out.resolve().is_relative_to(self.keep.resolve()):
-                raise OutputError(
-                    f"the steps would be kept in {self.keep}, and the output is that or inside it",
-                    "choose another --keep-steps",
-                )
+        if self.keep is not None and self.out.resolve().is_relative_to(self.keep.resolve()):
+            raise OutputError(
+                f"the steps would be kept in {self.keep}, and the output is that or inside it",
+                "choose another --keep-steps",
+            )
         reset_peak_memory()
         with self._place(original) as work:
-            self._run(work)
-            if self.keep is not None:
-                self._keep(work)
-        self.peak = peak_memory()
+            if self.recipe is None:
+                [step] = self.steps
+                assert isinstance(step, Step), "prune trains nothing"
+                self._step(0, step, self.source, self.statistics, self.out, work)
+            else:
+                self._run(work)
+            self.peak = peak_memory()
+            self.finish(work)
         return self.done
 
-    @property
-    def _resumable(self) -> bool:
-        """Whether what is made before the output stays after an interruption."""
-        return len(self.steps) == 1 and self.compute.ranks.size == 1
+    def _place(self, original: Checkpoint) -> AbstractContextManager[WorkFolder]:
+        """Where statistics, plans and checkpoints between steps stand, beside the output."""
+        identity = inputs_of(original, self.text, self.compute)
+        if self.recipe is None:
+            return pruning_place(self.out, identity, self.force)
+        for number, step in enumerate(self.steps, start=1):
+            own = (
+                inputs_of_recovery(step, original) if isinstance(step, Recovery) else step.inputs()
+            )
+            identity |= {f"step {number} {name}": value for name, value in own.items()}
+        identity |= {"writing": asdict(self.writing), "--keep-steps": self.keep is not None}
+        return recipe_place(self.out, {**identity, **self.recipe}, self.force)
 
-    @contextmanager
-    def _place(self, original: Checkpoint) -> Iterator[Path]:
-        """Where statistics and checkpoints between steps go.
-
-        The latter on the output's disk, as they may not fit in /tmp.
-        """
-        if self._resumable:
-            identity = inputs_of(original, self.text, self.compute)
-            with pruning_place(self.out, identity, self.force) as work:
-                yield work
-            return
-        room = next(parent for parent in self.out.absolute().parents if parent.is_dir())
-        work = Path(tempfile.mkdtemp(prefix=".moeprune-", suffix=".partial", dir=room))
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-    def _run(self, work: Path) -> None:
-        source, known = self.source, self.statistics
-        for number, step in enumerate(self.steps):
-            last = number + 1 == len(self.steps)
-            target = self.out if last else work / f"step-{number + 1}"
+    def _run(self, work: WorkFolder) -> None:
+        """The steps of a recipe that are not done yet, each kept when it is; then the output."""
+        kept = KeptSteps(work, len(self.steps), self.keep is not None)
+        first = self._go_on(kept)
+        source = kept.checkpoint(first - 1) if first else self.source
+        known = work.path / f"statistics-{first}" if self._projected(first) else None
+        for number, step in enumerate(self.steps[first:], start=first):
+            target = kept.checkpoint(number)
             with self._naming(number):
                 if isinstance(step, Recovery):
                     known = None  # its weights are others
-                    self._recover(number, step, source, target, work)
+                    done = run_recovery(
+                        step, source, self.source, target, self.compute, self.progress
+                    )
+                    self.recovered[number] = done
                 else:
                     known = self._step(number, step, source, known, target, work)
-            if number and self.keep is None:
-                shutil.rmtree(work / f"step-{number}", ignore_errors=True)
+            kept.save(number, self._told(number))
             source = target
+        if not work.published:
+            if self.keep is not None:
+                kept.keep(self.keep)
+            work.publish(self.force)
+
+    def _go_on(self, kept: KeptSteps) -> int:
+        """Remember the steps that are done; returns how many those are."""
+        if kept.published() and self._remember(kept, len(self.steps)):
+            return len(self.steps)
+        if kept.folder.published:  # by a run that was killed while it removed its folder
+            kept.folder.forget()
+        kept.folder.retract()
+        refuse_existing(self.out, self.force)
+        if self.keep is not None:
+            kept.refuse_kept(self.keep)
+        # from the first step on, plans and statistics that are whole are found again
+        first = next(n for n in (kept.reached(), 0) if self._remember(kept, n))
+        kept.begin_at(first)
+        return first
+
+    def _remember(self, kept: KeptSteps, count: int) -> bool:
+        """Take what the first steps did from where they kept it; False if not all is there."""
+        self.done.clear()
+        self.recovered.clear()
+        place = kept.folder.path
+        for number, step in enumerate(self.steps[:count]):
+            told = kept.told(number)
+            if told is None:
+                return False
+            if isinstance(step, Recovery):
+                done = RecoveryDone(step, told["teacher"], told["result"], told["seconds"])
+                self.recovered[number] = done
+                continue
+            plan = kept_plan(kept.folder, _plan_of(number))
+            if plan is None:
+                return False
+            told["sizes"] = Sizes.from_json(told["sizes"])
+            self.done.append(StepDone(plan, told["sizes"], told["seconds"], told["observed"]))
+        wanted = self._projected(count)
+        if wanted and not finished_statistics(place / f"statistics-{count}", wanted):
+            return False
+        known = place / "statistics-0"
+        if count and self.observed is not None and finished_statistics(known, set()):
+            self.observed(known)
+        return True
+
+    def _told(self, number: int) -> dict[str, Any]:
+        """What a step that has just been done did, for ``_remember``."""
+        if number in self.recovered:
+            done = self.recovered[number]
+            return {"teacher": done.teacher, "result": done.result, "seconds": done.seconds}
+        last = self.done[-1]
+        return {"sizes": asdict(last.sizes), "seconds": last.seconds, "observed": last.observed}
 
     @contextmanager
     def _naming(self, number: int) -> Iterator[None]:
@@ -204,19 +279,6 @@ class Steps:
             name = f"step {number + 1} ({self.steps[number].name})"
             raise type(error)(f"{name}: {error.problem}", error.hint) from error
 
-    def _recover(
-        self, number: int, step: Recovery, source: Source, target: Path, work: Path
-    ) -> None:
-        """One recovery, among the steps: what it keeps to go on is theirs and goes with them."""
-        made = work / f"step-{number + 1}"
-        done = run_recovery(step, source, self.source, made, self.compute, self.progress)
-        self.recovered[number] = done
-        if target != made:
-            with new_directory(target, self.force) as folder:
-                for file in made.iterdir():
-                    shutil.move(file, folder / file.name)
-            made.rmdir()
-
     def _step(
         self,
         number: int,
@@ -224,7 +286,7 @@ class Steps:
         source: Source,
         known: Path | None,
         target: Path,
-        work: Path,
+        work: WorkFolder,
     ) -> Path | None:
         """One step; returns statistics for the next one, if that wants them projected."""
         seconds = dict[str, float]()
@@ -232,7 +294,7 @@ class Steps:
         start = time.perf_counter()
         later = self._projecting(number)
         if known is None and (step.needs or later):
-            known = work / f"statistics-{number}"
+            known = work.path / f"statistics-{number}"
             # what experts served costs nearly nothing in the same pass, and the report shows it
             shown = set() if self.observed is None else {Routing.name, Served.name}
             needs = step.needs | later | shown
@@ -249,7 +311,7 @@ class Steps:
             observed = "the original, projected" if projected else "the model that it changes"
         given = number == 0 and self.statistics is not None  # refused if the method cannot use it
         start = time.perf_counter()
-        plan = self._planned(step, source, known if step.needs or given else None, work)
+        plan = self._planned(number, step, source, known if step.needs or given else None, work)
         seconds["plan"] = time.perf_counter() - start
         start = time.perf_counter()
         last = not any(isinstance(later, Step) for later in self.steps[number + 1 :])
@@ -265,7 +327,7 @@ class Steps:
                 pad=self.writing.pad and last,
                 dequantize=self.writing.dequantize and not number,
             ),
-            resumable=self._resumable,
+            resumable=True,
         )
         seconds["apply"] = time.perf_counter() - start
         if self.done and self.done[-1].sizes.nonzero[1] < self.done[-1].sizes.parameters[1]:
@@ -273,26 +335,29 @@ class Steps:
         self.done.append(StepDone(plan, sizes, seconds, observed))
         if not later or known is None:
             return None
-        after = work / f"statistics-{number + 1}"
-        project_statistics(known, plan, target, after, self.compute.trust_remote_code)
+        after = work.path / f"statistics-{number + 1}"
+        if not finished_statistics(after, later):
+            project_statistics(known, plan, target, after, self.compute.trust_remote_code)
         return after
 
-    def _planned(self, step: Step, source: Source, known: Path | None, work: Path) -> Plan:
+    def _planned(
+        self, number: int, step: Step, source: Source, known: Path | None, work: WorkFolder
+    ) -> Plan:
         """What the step decides, or has decided before an interruption."""
-        out = None
-        if self._resumable:
+        name = _plan_of(number)
+        if self.recipe is None:
             asked = (step.method, step.budget, step.uniform, step.seed, step.constraints)
-            out = work / plan_name(*asked, self.writing, known)
-            if out.exists():
-                try:
-                    return read_plan(out)
-                except PlanError:  # damaged
-                    out.unlink()
-        return make_plan(
-            source, step.method, step.budget, known, self.text,
-            compute=self.compute, seed=step.seed, progress=self.progress, uniform=step.uniform,
-            constraints=step.constraints, writing=self.writing, out=out, force=True,
-        )  # fmt: skip
+            name = plan_name(*asked, self.writing, known)
+        plan = kept_plan(work, name)
+        if plan is None:
+            plan = make_plan(
+                source, step.method, step.budget, known, self.text,
+                compute=self.compute, seed=step.seed, progress=self.progress, uniform=step.uniform,
+                constraints=step.constraints, writing=self.writing, out=work.path / name,
+                force=True,
+            )  # fmt: skip
+            keep_plan(work, name)
+        return plan
 
     def _projecting(self, number: int) -> set[str]:
         """What the steps behind ``number`` read from statistics that are projected on to them."""
@@ -306,11 +371,14 @@ class Steps:
                 found |= step.needs
         return found
 
-    def _keep(self, work: Path) -> None:
-        assert self.keep is not None
-        self.keep.mkdir(parents=True)
-        for folder in sorted(work.glob("step-*")):
-            shutil.move(folder, self.keep / folder.name)  # perhaps on another disk
+    def _projected(self, number: int) -> set[str]:
+        """What ``number`` and the steps behind it read from statistics projected on to it."""
+        between = 0 < number < len(self.steps) and isinstance(self.steps[number - 1], Step)
+        return self._projecting(number - 1) if between else set()
+
+
+def _plan_of(number: int) -> str:
+    return f"plan-{number + 1}.json"
 
 
 def _nonzero(directory: Path) -> int:

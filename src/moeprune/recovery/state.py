@@ -28,6 +28,10 @@ _MOST = 1 << 26
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
+class DamagedState(MoepruneError):
+    """What a run kept was cut or changed."""
+
+
 class StateFolder:
     """The directory ``<out>.recovery`` of a run: its state, its best weights and its log."""
 
@@ -165,8 +169,8 @@ class StateFolder:
         except (SafetensorError, OSError, KeyError, RuntimeError) as error:
             raise self._damaged(file) from error
 
-    def _damaged(self, file: Path) -> MoepruneError:
-        return MoepruneError(f"{file} is damaged, or of another run", "begin again with --force")
+    def _damaged(self, file: Path) -> DamagedState:
+        return DamagedState(f"{file} is damaged, or of another run", "begin again with --force")
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Add a line to the log."""

@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moeprune.errors import CheckpointError, MoepruneError
+from moeprune.errors import CheckpointError
 from moeprune.files import json_bytes, load_json, new_directory, sha256_file
 from moeprune.models.checkpoint import Checkpoint, TensorInfo, read_header
 from moeprune.models.writer import Piece, copied, write_shards
 from moeprune.recovery.layerwise.fitting import Fit
-from moeprune.recovery.state import FORMAT, SUMS, StateFolder
+from moeprune.recovery.state import FORMAT, SUMS, DamagedState, StateFolder
 
 _MOST = 1 << 26
 _MANIFEST = "manifest.json"
@@ -131,7 +131,7 @@ class Overlaid(Checkpoint):
         for name, info in tensors.items():
             own = self.tensors.get(name)
             if own is None or (own.shape, own.dtype) != (info.shape, info.dtype):
-                raise MoepruneError(
+                raise DamagedState(
                     f"{info.file} is damaged, or of another run", "begin again with --force"
                 )
             self.tensors[name] = info
