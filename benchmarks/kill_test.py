@@ -16,7 +16,6 @@ The apply under test writes shards of 1 MB, so that the embedded model has a doz
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -33,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 
 import moeprune
@@ -281,7 +281,7 @@ def rows(found: list[Command]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = arguments.parser(__doc__)
     parser.add_argument("--points", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="calibrate,apply,compare,recover")

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import arguments
 import limited
 
 GIB = 2**30
@@ -124,7 +125,7 @@ def flat(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.parser(__doc__)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--limit", default="6GiB")
     parser.add_argument("--memory", help="handed on to calibrate and verify")

@@ -9,12 +9,12 @@ MODEL of ``measure`` has layers of true size (``real_size.py OLMoE-1B-7B out --l
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import arguments
 import scale_model as sim
 
 CONSTANTS = Path(__file__).with_name("scale_constants.json")
@@ -201,7 +201,7 @@ def save(data: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.parser(__doc__)
     parser.add_argument("what", choices=("measure", "validate", "page"))
     parser.add_argument("models", nargs="*")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
