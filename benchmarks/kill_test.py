@@ -52,6 +52,7 @@ TIMES = {
 LEFT_OUT = ("compare.html",)
 _SECONDS = re.compile(r"\d[\d.,]* (s|seconds|minutes)\b")
 SHARD = 1_000_000
+NAMES = ("calibrate", "apply", "compare", "recover")
 _ENOUGH = 900.0
 
 
@@ -284,10 +285,12 @@ def main() -> None:
     parser = arguments.parser(__doc__)
     parser.add_argument("--points", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="calibrate,apply,compare,recover")
+    parser.add_argument("--only", default=",".join(NAMES))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     only = tuple(given.only.split(","))
+    if not {*only} <= {*NAMES}:
+        parser.error(f"--only takes {', '.join(NAMES)}")
     found = test(given.points, given.seed, only, lambda text: print(text, file=sys.stderr))
     table = list(rows(found))
     heads = "command, CPU s, files compared, killed, had ended, something kept, second run, wrong"

@@ -145,7 +145,10 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", file=sys.stderr)
     if args.flat:
         args.stages = "calibrate"
-    found = flat(args) if args.flat else all_stages(args.model, args)
+    try:
+        found = flat(args) if args.flat else all_stages(args.model, args)
+    except limited.NoLimitError as error:
+        parser.error(str(error))
     rows = {name: costs for name, costs in found.items() if isinstance(costs, dict)}
     if args.json:
         print(json.dumps(found, indent=1))
