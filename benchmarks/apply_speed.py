@@ -11,7 +11,6 @@ bytes, checksums and the card.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import arguments
 import limited
 
 import moeprune
@@ -86,12 +86,9 @@ def measure(model: Path, ratio: float, repeats: int, work: Path) -> dict[str, di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
+    parser = arguments.of_model(__doc__)
     parser.add_argument("--ratio", type=float, default=0.25)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="on the disk that is to be measured")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work or args.model.parent) as work:
         found = measure(args.model, args.ratio, args.repeats, Path(work))

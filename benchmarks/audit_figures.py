@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 import transformers
 
@@ -173,7 +173,11 @@ def pruned() -> dict[str, float]:
 
 
 def main() -> None:
-    folder, parts = Path(sys.argv[1]), sys.argv[2:] or ["audit", "truth"]
+    parser = arguments.parser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("part", nargs="?", choices=("audit", "truth"), help="default: both")
+    given = parser.parse_args()
+    folder, parts = given.folder, (given.part,) if given.part else ("audit", "truth")
     folder.mkdir(parents=True, exist_ok=True)
     if "audit" in parts:
         one = kept(folder / "audit.json", audited)

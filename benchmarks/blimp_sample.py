@@ -10,8 +10,9 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import sys
 from pathlib import Path
+
+import arguments
 
 OUT = Path(__file__).parent.parent / "src/moeprune/assets/blimp/sample.jsonl.gz"
 PER_PARADIGM = 10
@@ -33,4 +34,6 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = arguments.parser(__doc__)
+    parser.add_argument("file", type=Path)
+    main(parser.parse_args().file)

@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import arguments
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -127,7 +128,7 @@ def memory_by_layers() -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import arguments
 
 from moeprune.report import pareto, wording
 from moeprune.report.arena import COLUMNS, measured, original_cells, refusals, render, title
@@ -154,7 +155,9 @@ def page(result: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "compare-out")
+    parser = arguments.parser(__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("compare-out"))
+    folder = parser.parse_args().folder
     result = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     _, picture = render(result)
     (DOCS / "compare.md").write_text(page(result), encoding="utf-8")

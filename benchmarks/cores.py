@@ -9,7 +9,6 @@ they do.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import arguments
 import numpy as np
 import torch
 from subsets import layer
@@ -52,7 +52,7 @@ def search(genetic: bool) -> Callable[[int], Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     cores = os.cpu_count() or 1

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import arguments
+
 from moeprune.pipeline.demo import demo
 
 PAGE = Path(__file__).parent.parent / "docs" / "demo.md"
@@ -85,6 +87,7 @@ def perplexities(rows: list[Mapping[str, Any]], seen: Iterable[str]) -> str:
 
 
 def main() -> None:
+    arguments.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = demo(Path(folder) / "demo-out")
     rows = result["rows"]

@@ -9,9 +9,9 @@ all), of them every EVERY-th.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import arguments
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
@@ -57,7 +57,7 @@ def row(name: str, pair: Paired, student: DomainScore, teacher: DomainScore) -> 
     ]  # fmt: skip
 
 
-def measured(student: str, text: Text, every: int) -> dict[str, Evaluation]:
+def measured(student: Path, text: Text, every: int) -> dict[str, Evaluation]:
     original = Checkpoint.open("demo")
     opened = {"original": COMPUTE.open(original), "pruned": COMPUTE.open(Checkpoint.open(student))}
     windows = [
@@ -81,10 +81,13 @@ def show(student: Evaluation, teacher: Evaluation, seen: frozenset[str] | None) 
 
 
 def main() -> None:
-    sequences = int(sys.argv[2]) if len(sys.argv) > 2 else 64
-    every = int(sys.argv[3]) if len(sys.argv) > 3 else 1
-    found = measured(sys.argv[1], Text(sequences=sequences, length=256), every)
-    show(found["pruned"], found["original"], seen_domains(Path(sys.argv[1])))
+    parser = arguments.parser(__doc__)
+    parser.add_argument("smaller", type=Path)
+    parser.add_argument("sequences", type=int, nargs="?", default=64)
+    parser.add_argument("every", type=int, nargs="?", default=1)
+    given = parser.parse_args()
+    found = measured(given.smaller, Text(sequences=given.sequences, length=256), given.every)
+    show(found["pruned"], found["original"], seen_domains(given.smaller))
 
 
 if __name__ == "__main__":

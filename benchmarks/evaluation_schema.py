@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import arguments
+
 from moeprune.evaluation.schema import json_schema
 from moeprune.files import json_bytes
 
 FILE = Path(__file__).parent.parent / "docs" / "evaluation.schema.json"
 
 if __name__ == "__main__":
+    arguments.parser(__doc__).parse_args()
     FILE.write_bytes(json_bytes(json_schema()))

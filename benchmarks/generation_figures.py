@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import arguments
+
 import moeprune
 from moeprune.pipeline.efficiency import efficiency
 from moeprune.pipeline.generation import generation
@@ -70,6 +72,7 @@ def replace(page: str, name: str, table: list[str]) -> str:
 
 
 def main() -> None:
+    arguments.parser(__doc__).parse_args()
     health = [
         "| model | decoding | loops, teacher → model | difference | p (McNemar) "
         "| repeated 4-grams | distinct 2-grams | changed answers, median of tokens before |",

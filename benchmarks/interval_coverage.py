@@ -13,11 +13,11 @@ differs between documents, skewed to the right; windows scatter more in document
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
+import arguments
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
@@ -219,8 +219,11 @@ def of_shares(wanted: str = "") -> Iterator[list[str]]:
 
 
 def main() -> None:
-    repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
-    for cells in rows(repetitions, "".join(sys.argv[2:3])):
+    parser = arguments.parser(__doc__)
+    parser.add_argument("repetitions", type=int, nargs="?", default=5000)
+    parser.add_argument("row", nargs="?", default="")
+    given = parser.parse_args()
+    for cells in rows(given.repetitions, given.row):
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

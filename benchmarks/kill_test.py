@@ -17,7 +17,6 @@ The apply under test writes shards of 1 MB, so that the embedded model has a doz
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -34,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 
 import moeprune
@@ -67,6 +67,7 @@ steps:
     options: {{steps: 4, save_every: 1, batch: 2, sequences: 24, length: 64}}
 evaluation: {{data: ["english={0}"], sequences: 2, length: 32}}
 """
+NAMES = ("calibrate", "apply", "compare", "recover", "run")
 _ENOUGH = 900.0
 
 
@@ -299,13 +300,15 @@ def rows(found: list[Command]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = arguments.parser(__doc__)
     parser.add_argument("--points", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="calibrate,apply,compare,recover,run")
+    parser.add_argument("--only", default=",".join(NAMES))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     only = tuple(given.only.split(","))
+    if not {*only} <= {*NAMES}:
+        parser.error(f"--only takes {', '.join(NAMES)}")
     found = test(given.points, given.seed, only, lambda text: print(text, file=sys.stderr))
     table = list(rows(found))
     heads = "command, CPU s, files compared, killed, had ended, something kept, second run, wrong"

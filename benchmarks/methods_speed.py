@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import tempfile
@@ -20,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import arguments
 import numpy as np
 from numpy.typing import NDArray
 
@@ -154,7 +154,7 @@ def calibrating() -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--layer", action="store_true", help="all 5310 pairs of a layer")
     parser.add_argument("--part", choices=("moeits", "calibration"), help="only this one")
     parser.add_argument("--json", action="store_true")

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import arguments
 import limited
 
 GIB = 2**30
@@ -124,7 +125,7 @@ def flat(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.parser(__doc__)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--limit", default="6GiB")
     parser.add_argument("--memory", help="handed on to calibrate and verify")
@@ -144,7 +145,10 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", file=sys.stderr)
     if args.flat:
         args.stages = "calibrate"
-    found = flat(args) if args.flat else all_stages(args.model, args)
+    try:
+        found = flat(args) if args.flat else all_stages(args.model, args)
+    except limited.NoLimitError as error:
+        parser.error(str(error))
     rows = {name: costs for name, costs in found.items() if isinstance(costs, dict)}
     if args.json:
         print(json.dumps(found, indent=1))

@@ -13,7 +13,6 @@ tokens are its ids. ``--layers`` writes that many layers of the same size.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import time
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 from published import MODELS, WRITABLE, config_of, in_fp8, skeleton, stored
 
@@ -120,7 +120,7 @@ def write(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.parser(__doc__)
     parser.add_argument("model", choices=WRITABLE)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="instead of the published number")

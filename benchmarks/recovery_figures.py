@@ -10,7 +10,6 @@ with --dry nothing is written into docs/.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every job
 
+import arguments
 import torch
 
 import moeprune
@@ -291,7 +291,7 @@ def tables(folder: Path, steps: int | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments.parser(__doc__)
     parser.add_argument("folder", type=Path, help="what is finished, and will be")
     parser.add_argument("--only", nargs="*", default=list(STUDENTS), choices=list(STUDENTS))
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))

@@ -8,10 +8,10 @@ Opens the page in the Chromium on PATH and writes docs/report-*.png.
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+import arguments
 from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -22,7 +22,9 @@ EXPERT = "#atlas-grid .shown"
 
 
 def main() -> None:
-    page = Path(sys.argv[1] if len(sys.argv) > 1 else "demo-out/report.html").resolve()
+    parser = arguments.parser(__doc__)
+    parser.add_argument("page", type=Path, nargs="?", default=Path("demo-out/report.html"))
+    page = parser.parse_args().page.resolve()
     browser_path = next(filter(None, map(shutil.which, NAMES)), None)
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])

@@ -9,12 +9,13 @@ MODEL of ``measure`` has layers of true size (``real_size.py OLMoE-1B-7B out --l
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import arguments
 import scale_model as sim
 
 CONSTANTS = Path(__file__).with_name("scale_constants.json")
@@ -89,13 +90,12 @@ def table(shapes: sim.Shapes, machine: sim.Machine, work: sim.Work) -> list[str]
     ]
     for stage in sim.STAGES:
         cost = stage(shapes, machine, work)
+        sizes = (size_of(count) for count in (cost.read, cost.written))
         memory = _room(cost.memory, machine.memory)
         device = _room(cost.on_device, machine.device_memory) if cost.on_device else "–"
-        lines.append(
-            f"| {cost.stage} | {size_of(cost.read)} | {size_of(cost.written)} | "
-            f"{flops_of(cost.flops)} | {time_of(cost.seconds)} | {cost.bound} | {memory} | "
-            f"{device} |"
-        )
+        time = time_of(cost.seconds)
+        row = (cost.stage, *sizes, flops_of(cost.flops), time, cost.bound, memory, device)
+        lines.append(_line(row))
     return lines
 
 
@@ -106,8 +106,8 @@ def _room(needed: float, there: float | None) -> str:
 
 
 def constants_table(found: dict[str, Any]) -> list[str]:
-    """Measured here beside assumed."""
-    rate = {
+    """Measured here beside assumed; what has no data sheet is taken as measured."""
+    shown = {
         "read": ("disk, reading", 1e9, "GB/s"),
         "write": ("disk, writing and fsync", 1e9, "GB/s"),
         "flops": ("bf16 products, a device; here all cores", 1e12, "TFLOP/s"),
@@ -117,47 +117,42 @@ def constants_table(found: dict[str, Any]) -> list[str]:
         "device_memory": ("memory of a device", 2**30, "GiB"),
         "cores": ("cores per node", 1, ""),
         "memory": ("memory per node", 2**30, "GiB"),
-    }
-    lines = [
-        f"| | measured here | {' | '.join(f'{name}, assumed' for name in ASSUMED)} |",
-        "|---" * (2 + len(ASSUMED)) + "|",
-    ]
-    for key, (words, factor, unit) in rate.items():
-        cells = []
-        for values in (found, *ASSUMED.values()):
-            value = values.get(key)
-            cells.append("–" if value is None else f"{value / factor:.4g} {unit}".strip())
-        lines.append(f"| {words} | {' | '.join(cells)} |")
-    scaled = {
         "attained": ("part of these products that the observed walk attains", 1, ""),
         "load": ("conversion of a layer, one core", 1e9, "GB/s"),
         "decode": ("fp8 decoded, one core", 1e9, "G parameters/s"),
         "nmi_one_core": ("NMI, entries of a pair, one core", 1e9, "G/s"),
-        "copy": ("copies in memory, one core", 1e9, "GB/s"),
         "sha256": ("SHA-256, one core", 1e9, "GB/s"),
         "start": ("start of a command", 1, "s"),
         "busy": ("load average before it was measured: other work", 1, ""),
     }
-    for key, (words, factor, unit) in scaled.items():
-        cell = f"{found[key] / factor:.3g} {unit}".strip()
-        rest = " – |" if key == "busy" else " as measured |"
-        lines.append(f"| {words} | {cell} |{rest * len(ASSUMED)}")
+    heads = ("", "measured here", *(f"{name}, assumed" for name in ASSUMED))
+    lines = [_line(heads), "|---" * len(heads) + "|"]
+    for key, (words, factor, unit) in shown.items():
+        cells = [
+            "–" if value is None else f"{value / factor:.4g} {unit}".strip()
+            for value in (found.get(key), *(sheet.get(key) for sheet in ASSUMED.values()))
+        ]
+        if key in found and not any(key in sheet for sheet in ASSUMED.values()) and key != "busy":
+            cells[1:] = ["as measured"] * len(ASSUMED)
+        lines.append(_line((words, *cells)))
     return lines
 
 
-def validation_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Measured against predicted."""
-    lines = [
-        "| model | stage | measured | predicted | predicted / measured | bound by |",
-        "|---|---|---|---|---|---|",
-    ]
+def _line(cells: Iterable[str]) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def validation_table(rows: list[dict[str, Any]], start: float) -> list[str]:
+    """Measured against predicted, with the constant ``start``."""
+    heads = ("model", "stage", "measured", "predicted", "predicted / measured", "bound by")
+    lines = [_line(heads), "|---" * len(heads) + "|"]
     for row in rows:
         name = f"{row['model']}, {row['layers']} layers"
-        lines.append(
-            f"| {name} | {row['stage']} | {row['measured']:.1f} s | "
-            f"{row['predicted']:.1f} s | {row['predicted'] / row['measured']:.2f} | "
-            f"{row['bound']} |"
-        )
+        ratio = row["predicted"] / row["measured"]
+        seconds = (f"{row[key]:.1f} s" for key in ("measured", "predicted"))
+        bound = sim.longest(row["parts"], start)
+        lines.append(_line((name, row["stage"], *seconds, f"{ratio:.2f}", bound)))
     return lines
 
 
@@ -168,13 +163,15 @@ def page(data: dict[str, Any]) -> str:
     text = (Path(__file__).with_name("scale.head.md")).read_text().rstrip().splitlines()
     at = {
         "CONSTANTS": constants_table(found),
-        "VALIDATION": validation_table(data.get("validation", [])),
+        "VALIDATION": validation_table(data.get("validation", []), found["start"]),
         "SHAPES": [
-            "| model | parameters | active | layers | experts | checkpoint | largest layer, bf16 |",
-            "|---|---|---|---|---|---|---|",
+            "| model | parameters | active | layers | experts | checkpoint | largest layer, bf16 "
+            "| statistics |",
+            "|---|---|---|---|---|---|---|---|",
             *(
                 f"| {name} | {s.total / 1e9:.1f} B | {s.active / 1e9:.1f} B | {s.layers} | "
-                f"{s.top_k} of {s.experts} | {size_of(s.bytes)} | {size_of(s.largest * 2)} |"
+                f"{s.top_k} of {s.experts} | {size_of(s.bytes)} | {size_of(s.largest * 2)} | "
+                f"{size_of(s.statistics)} |"
                 for name, s in shapes.items()
             ),
         ],
@@ -201,7 +198,7 @@ def save(data: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.parser(__doc__)
     parser.add_argument("what", choices=("measure", "validate", "page"))
     parser.add_argument("models", nargs="*")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
@@ -225,7 +222,7 @@ def main() -> None:
         rows += measuring.validate(path, data["constants"], args.work)
     data["validation"] = rows
     save(data)
-    print("\n".join(validation_table(rows)))
+    print("\n".join(validation_table(rows, data["constants"]["start"])))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def disk(folder: Path) -> dict[str, float]:
 
 
 def arithmetic(cores: int) -> dict[str, float]:
-    """FLOP/s of bf16 products, and bytes per second of copies and SHA-256."""
+    """FLOP/s of bf16 products, and bytes per second of SHA-256."""
     rows, matrix = torch.randn(ROWS, WIDTH).bfloat16(), torch.randn(INNER, WIDTH).bfloat16()
     flops = 2.0 * ROWS * WIDTH * INNER * 8
 
@@ -90,13 +89,10 @@ def arithmetic(cores: int) -> dict[str, float]:
 
         on_all()
         every = cores * flops / _best(on_all)
-    source = torch.ones(1 << 28, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    copy = len(source) / _best(lambda: target.copy_(source))
     data = bytes(1 << 26)
     digest = len(data) / _best(lambda: hashlib.sha256(data).digest())
     torch.set_num_threads(threads)
-    return {"flops_one_core": one, "flops": every, "copy": copy, "sha256": digest}
+    return {"flops_one_core": one, "flops": every, "sha256": digest}
 
 
 def kernels(cores: int) -> dict[str, float]:
@@ -214,6 +210,6 @@ def validate(path: Path | str, found: dict[str, Any], folder: Path) -> list[dict
             name = str(path).rpartition("/")[2]
             rows.append(
                 {"model": name, "layers": shapes.layers, "stage": stage, "measured": seconds,
-                 "predicted": cost.seconds, "bound": cost.bound, "parts": asdict(cost)["parts"]}
+                 "predicted": cost.seconds, "parts": cost.parts}
             )  # fmt: skip
     return rows

@@ -8,9 +8,13 @@ the three, or their sum where the stage does one after the other. ``Machine`` ho
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import published
 
+from moeprune.core.accumulators import LIGHT
+from moeprune.models.bounds import statistics_bytes
+from moeprune.models.data import TOKENS_PER_BATCH
 from moeprune.models.loading import find_layers
 
 
@@ -26,8 +30,10 @@ class Shapes:
         total: parameters in all; ``resident`` of them outside the layers.
         active: parameters that a token is multiplied with, the head included.
         largest: parameters of the largest layer.
-        heads: query heads times their width, for attention's own products.
+        heads: query heads times their width, the mean of keys' and values', for attention's own
+            products.
         bytes: of the checkpoint; ``width`` of a parameter of an expert in it.
+        statistics: bytes of the sums that a calibration writes by default.
     """
 
     name: str
@@ -45,6 +51,11 @@ class Shapes:
     heads: int
     bytes: int
     width: int
+    statistics: int
+
+    def in_bf16(self) -> Shapes:
+        """Written with ``--dequantize``."""
+        return replace(self, bytes=2 * self.total, width=2)
 
     def pruned(self, ratio: float) -> Shapes:
         """Without that part of the experts."""
@@ -59,6 +70,7 @@ class Shapes:
         )
 
 
+@cache
 def shapes_of(name: str, layers: int | None = None) -> Shapes:
     """The sizes of a published model, from its configuration."""
     return shapes_from(name, published.config_of(name, layers), published.MODELS[name].fp8)
@@ -82,6 +94,7 @@ def shapes_from(name: str, config: dict[str, object], fp8: bool = False) -> Shap
     tied = bool(text.tie_word_embeddings)
     head = getattr(text, "qk_nope_head_dim", 0) + getattr(text, "qk_rope_head_dim", 0)
     head = head or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    both = head + (getattr(text, "v_head_dim", None) or head)
     nbytes = 0
     for key, tensor in published.stored(model).items():
         small = fp8 and published.in_fp8(key, tensor)
@@ -101,9 +114,10 @@ def shapes_from(name: str, config: dict[str, object], fp8: bool = False) -> Shap
         resident=total - sum(per_layer),
         active=total - idle - (0 if tied else embedding),
         largest=max(per_layer),
-        heads=text.num_attention_heads * head,
+        heads=text.num_attention_heads * both // 2,
         bytes=nbytes,
         width=1 if fp8 else 2,
+        statistics=sum(statistics_bytes(s.shape, LIGHT) for s in found.values()),
     )
 
 
@@ -121,7 +135,7 @@ class Machine:
         device_memory: bytes of one of them; None where the CPU computes.
         flops: of products of 16-bit matrices, of one device, as the walk attains them.
         link: bytes to a device; None where that is the CPU.
-        load: bytes through the conversion of a layer, per process: copies in memory.
+        load: bytes through the conversion of a layer, per process.
         decode: parameters decoded from fp8, per core.
         digest: bytes through SHA-256, by one core.
         cores: of the CPU, per node.
@@ -154,7 +168,13 @@ class Machine:
 
     def alone(self) -> Machine:
         """One process, on one node with one device."""
-        return replace(self, nodes=1, devices=1)
+        return self.sharing(1)
+
+    def sharing(self, batches: int) -> Machine:
+        """As many processes as have a batch each, on as many nodes as they can be on."""
+        used = max(1, min(self.processes, batches))
+        nodes = min(self.nodes, used)
+        return replace(self, nodes=nodes, devices=-(-used // nodes))
 
     def read_per_node(self) -> float:
         """Bytes per second that one node gets while all read the same."""
@@ -180,7 +200,7 @@ class Cost:
         stage: its name.
         read, written: bytes from and to the disk, of one node.
         flops: of all nodes.
-        seconds: in all; ``parts`` are the seconds of what may bound it.
+        seconds: in all; ``parts`` are the seconds of what may bound it, ``start`` is before them.
         memory: bytes in RAM of one node.
         on_device: bytes on each device; 0 where none is used.
     """
@@ -192,12 +212,19 @@ class Cost:
     parts: dict[str, float]
     seconds: float
     memory: float
+    start: float
     on_device: float = 0
 
     @property
     def bound(self) -> str:
         """What takes longest."""
-        return max(self.parts, key=lambda part: self.parts[part])
+        return longest(self.parts, self.start)
+
+
+def longest(parts: dict[str, float], start: float) -> str:
+    """Which of the parts of a stage, or the start of the command."""
+    every = {"start": start} | parts
+    return max(every, key=lambda part: every[part])
 
 
 def walk_flops(shapes: Shapes, tokens: int, length: int, head: bool = False) -> float:
@@ -219,8 +246,9 @@ def walk(
     """Every layer once: one thread reads, converts and moves it while the last one computes.
 
     Each process does so for all layers; the first of a node reads from the disk. ``itemsize`` are
-    bytes of a parameter in memory.
+    bytes of a parameter in memory. With logits (``head``) a batch is one window here.
     """
+    machine = machine.sharing(tokens // (length if head else max(length, TOKENS_PER_BATCH)))
     layers = shapes.bytes * (1 - shapes.resident / shapes.total)
     values = (shapes.total - shapes.resident) * float(itemsize)
     loading = {"disk": layers / machine.read_per_node(), "conversion": values / machine.load}
@@ -236,7 +264,9 @@ def walk(
     # a device has what is computed with, its process at most the layer that is being converted
     memory = machine.devices * (float(itemsize) * shapes.largest if beside else held)
     seconds = _walk_seconds(parts, shapes.layers) + machine.start
-    return Cost(stage, layers, 0, flops, parts, seconds, memory, held if beside else 0)
+    return Cost(
+        stage, layers, 0, flops, parts, seconds, memory, machine.start, held if beside else 0
+    )
 
 
 def _walk_seconds(parts: dict[str, float], layers: int) -> float:
@@ -246,16 +276,20 @@ def _walk_seconds(parts: dict[str, float], layers: int) -> float:
 
 
 def calibrate(shapes: Shapes, machine: Machine, work: Work) -> Cost:
-    """One walk with statistics."""
-    return walk("calibrate", shapes, machine, work.calibrate, work.length, head=False)
+    """One walk with statistics, which are written as it goes."""
+    once = walk("calibrate", shapes, machine, work.calibrate, work.length, head=False)
+    return replace(once, written=shapes.statistics)
 
 
 def plan_scores(shapes: Shapes, machine: Machine, work: Work) -> Cost:
-    """A method that needs the statistics alone: ``frequency``, ``reap``, ``mone``..."""
-    table = shapes.moe * shapes.experts * shapes.hidden * 8.0
-    parts = {"disk": table / machine.read_per_node()}
+    """A method that needs the statistics alone: ``frequency``, ``reap``, ``mone``...
+
+    All of them are checked before the first layer.
+    """
+    table = float(shapes.statistics)
+    parts = {"disk": table / machine.read_per_node(), "checksum": table / machine.digest}
     seconds = sum(parts.values()) + machine.start
-    return Cost("plan: scores", table, 0, 0, parts, seconds, table / shapes.moe)
+    return Cost("plan: scores", table, 0, 0, parts, seconds, table / shapes.moe, machine.start)
 
 
 def plan_nmi(shapes: Shapes, machine: Machine, work: Work) -> Cost:
@@ -271,11 +305,12 @@ def plan_nmi(shapes: Shapes, machine: Machine, work: Work) -> Cost:
         parts["decoding"] = entries / machine.decode
     # codes are kept of one role's matrices, two bytes an entry
     memory = shapes.experts * shapes.expert / 3 * 2.0 + shapes.largest * 2.0
-    return Cost("plan: NMI", read, 0, 0, parts, sum(parts.values()) + machine.start, memory)
+    seconds = sum(parts.values()) + machine.start
+    return Cost("plan: NMI", read, 0, 0, parts, seconds, memory, machine.start)
 
 
 def plan_walk(shapes: Shapes, machine: Machine, work: Work) -> Cost:
-    """A method that edits as it goes (``sparsegpt``, ``dern``): the layers twice in one walk."""
+    """A method that edits as it goes (``moe-pruner``, ``wanda``): the layers twice in one walk."""
     once = walk("plan: walk", shapes, machine, work.calibrate, work.length, head=False)
     parts = once.parts | {"arithmetic": 2 * once.parts["arithmetic"]}
     seconds = _walk_seconds(parts, shapes.layers) + machine.start
@@ -285,23 +320,25 @@ def plan_walk(shapes: Shapes, machine: Machine, work: Work) -> Cost:
 def apply(shapes: Shapes, machine: Machine, work: Work) -> Cost:
     """What is kept is read and written, by one process, and a thread takes its checksum."""
     kept = float(shapes.pruned(work.ratio).bytes)
-    reading, writing = kept / machine.read, kept / machine.write
-    parts = {
-        "disk, reading": reading,
-        "disk, writing": writing,
-        "checksum": kept / machine.digest,
-    }
+    parts = {"disk, reading": kept / machine.read} | _written(kept, machine)
     memory = 64e6
-    return Cost("apply", kept, kept, 0, parts, max(parts.values()) + machine.start, memory)
+    seconds = max(parts.values()) + machine.start
+    return Cost("apply", kept, kept, 0, parts, seconds, memory, machine.start)
+
+
+def _written(nbytes: float, machine: Machine) -> dict[str, float]:
+    """Seconds of a checkpoint on its way to the disk, through one process at a time."""
+    return {"disk, writing": nbytes / machine.write, "checksum": nbytes / machine.digest}
 
 
 def recover(shapes: Shapes, machine: Machine, work: Work) -> Cost:
     """Layer by layer: teacher and student walked, and the student's layers trained on.
 
     Both are in float32, by one process. A pass of the student with gradients is three forward
-    passes.
+    passes. Quantised weights are not trained: such a student is stored in bf16. What was trained
+    is written at the end.
     """
-    pruned, one = shapes.pruned(work.ratio), machine.alone()
+    pruned, one = shapes.pruned(work.ratio).in_bf16(), machine.alone()
     tokens, length = work.recover, min(work.length, 512)
     teacher = walk("recover", shapes, one, tokens, length, head=False, itemsize=4)
     student = walk("recover", pruned, one, tokens, length, head=False, itemsize=4)
@@ -313,6 +350,8 @@ def recover(shapes: Shapes, machine: Machine, work: Work) -> Cost:
     # gradients, two moments, and the best weights so far, of the trained layer in float32
     beside = 16.0 * pruned.largest
     seconds = _walk_seconds(parts, shapes.layers) + machine.start
+    written = _written(pruned.bytes, machine)
+    seconds += max(written.values())
     memory, on_device = teacher.memory + student.memory, teacher.on_device + student.on_device
     if one.device_memory is None:
         memory += beside
@@ -323,9 +362,10 @@ def recover(shapes: Shapes, machine: Machine, work: Work) -> Cost:
         teacher.read + student.read,
         pruned.bytes,
         flops,
-        parts,
+        parts | written,
         seconds,
         memory,
+        machine.start,
         on_device,
     )
 
@@ -335,6 +375,7 @@ def evaluate(shapes: Shapes, machine: Machine, work: Work) -> Cost:
 
     What the first walk leaves, its hidden states and what is outside the layers, stays meanwhile.
     """
+    machine = machine.sharing(work.evaluate // work.length)
     first, second = (
         walk("evaluate", model, machine, work.evaluate, work.length, head=True)
         for model in (shapes, shapes.pruned(work.ratio))
@@ -350,6 +391,7 @@ def evaluate(shapes: Shapes, machine: Machine, work: Work) -> Cost:
         {key: first.parts[key] + second.parts[key] for key in first.parts},
         first.seconds + second.seconds - machine.start,
         first.memory + (0 if beside else machine.devices * left),
+        machine.start,
         first.on_device + (left if beside else 0),
     )
 

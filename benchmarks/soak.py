@@ -12,7 +12,6 @@ opened and every kind tried once: what is imported and compiled stays in memory 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 
 import moeprune
@@ -216,7 +216,7 @@ def record(found: Soak) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = arguments.parser(__doc__)
     parser.add_argument("--cycles", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

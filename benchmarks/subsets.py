@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+import arguments
 import torch
 
 from moeprune.core.accumulators import SAMPLE_SIZE
@@ -27,6 +28,7 @@ def layer(experts: int, top_k: int) -> Reconstruction:
 
 
 def main() -> None:
+    arguments.parser(__doc__).parse_args()
     print(f"{SAMPLE_SIZE} tokens, {torch.get_num_threads()} threads; half of the experts go")
     for experts, top_k in ((8, 2), (16, 2), (64, 8), (128, 8)):
         error, choice = layer(experts, top_k), Choice(experts, experts // 2)

@@ -8,7 +8,6 @@ see the same questions in the same pass through the streamed door.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 
 import moeprune
@@ -107,7 +107,7 @@ def of_sample(right: Mapping[str, list[bool]], names: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = arguments.parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--limit", type=int, default=24)
     parser.add_argument("--subject-limit", type=int, default=1)

@@ -1,6 +1,6 @@
 """How close the observed walk comes to what bounds it: arithmetic, or the disk.
 
-    python benchmarks/walk_speed.py MODEL [--tokens 8192] [--compile] [--json]
+    python benchmarks/walk_speed.py MODEL [--tokens 8192] [--repeats 3] [--compile] [--json]
 
 MODEL has few layers of true size (``real_size.py --layers 2``). Alternating, medians of the ratios:
 
@@ -16,7 +16,6 @@ Goal: the walk does 70 % of either.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -24,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import arguments
 import limited
 import torch
 from apply_speed import prepare
@@ -155,12 +155,9 @@ def compiled(path: Path, tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
+    parser = arguments.of_model(__doc__)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     found: dict[str, Any] = {
         "arithmetic": arithmetic(args.model, args.tokens, args.repeats),

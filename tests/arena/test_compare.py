@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +37,8 @@ from moeprune.pipeline.arena import cell as arena_cell
 from moeprune.pipeline.arena.asking import calibrations, parse_methods
 from moeprune.pipeline.arena.estimate import spoken
 from moeprune.pipeline.arena.state import open_run
+from moeprune.pipeline.gathering import gather
+from moeprune.pipeline.reporting import report
 from support import tree
 
 Compared = tuple[Path, dict[str, Any]]
@@ -335,8 +338,6 @@ def test_estimates_have_no_more_digits_than_they_deserve() -> None:
 
 
 def test_the_page_has_an_atlas_and_can_be_drawn_again(compared: Compared, tmp_path: Path) -> None:
-    from moeprune.pipeline.reporting import report
-
     out, result = compared
     page = (out / "compare.html").read_bytes()
     assert b'id="atlas-grid"' in page and b"Content-Security-Policy" in page
@@ -351,3 +352,22 @@ def test_the_page_has_an_atlas_and_can_be_drawn_again(compared: Compared, tmp_pa
     (tmp_path / "half/compare.json").write_text(json.dumps({**half, "original": None}))
     with pytest.raises(MoepruneError, match="measured nothing yet"):
         report(tmp_path / "half", tmp_path / "none.html")
+
+
+def test_layers_of_the_original_may_hold_different_numbers(
+    texts: dict[str, Any], tmp_path: Path
+) -> None:
+    """The last layer has most; the page and one of the plans alone count all of them."""
+    kept = {layer: 12 + layer for layer in range(6)}
+    made = plan("demo", "random", Budget(ratio=0.5))
+    layers = {i: LayerPlan(i, 32, tuple(range(kept[i]))) for i in kept}
+    apply("demo", replace(made, layers=layers), tmp_path / "uneven")
+    grid = Grid("random", (Budget(ratio=0.25),))
+    result = compare(tmp_path / "uneven", tmp_path / "run", grid, **texts)
+    [row] = result["cells"].values()
+    assert row["experts_before"] == sum(kept.values()) and result["model"]["experts"] == 17
+    assert 'id="atlas-grid"' in (tmp_path / "run/compare.html").read_text(encoding="utf-8")
+    found, _ = gather(tmp_path / "run/plans")
+    assert found["model"]["experts"] == 17
+    assert {row["experts_before"] for row in found["rows"]} == {sum(kept.values())}
+    assert report(tmp_path / "run/plans", tmp_path / "plans.html").path.is_file()

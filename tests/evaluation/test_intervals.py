@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,20 +15,14 @@ from moeprune.evaluation.intervals import (
     MOST,
     Interval,
     combined,
+    counted,
     estimate,
     holm,
     verdict,
 )
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "interval_coverage.py"
-
-
-def simulation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("interval_coverage", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import interval_coverage
 
 
 def test_mean_and_error_of_clusters() -> None:
@@ -148,13 +141,18 @@ def test_holm_by_hand() -> None:
         (0.3, 0.1, FEWEST - 1, 0.15, f"too small a sample: {FEWEST - 1} items can only show"),
         (0.0, 0.0, 40, 0.0, "no difference: the same on all 40 items"),
         (0.0, 0.0, FEWEST - 1, 0.0, "too small a sample: 5 items cannot show a difference"),
-        (0.3, math.nan, 1, math.nan, "too small a sample: 1 items cannot show a difference; more"),
+        (0.3, math.nan, 1, math.nan, "too small a sample: 1 item cannot show a difference; more"),
         (math.nan, math.nan, 40, math.nan, "unknown"),
     ],
 )
 def test_verdicts(value: float, half: float, items: int, smallest: float, says: str) -> None:
     interval = Interval(value, value - half, value + half, 0.95, items, "")
     assert verdict(interval, smallest, 0.02, "nats", advice="more").startswith(says)
+
+
+def test_one_of_them_is_not_told_in_the_plural() -> None:
+    assert counted(1, "windows of one document") == "1 window of one document"
+    assert counted(2, "questions") == "2 questions"
 
 
 def test_smallest_difference_is_shown_four_times_in_five() -> None:
@@ -167,7 +165,6 @@ def test_smallest_difference_is_shown_four_times_in_five() -> None:
 @pytest.mark.parametrize("kind", ["documents of one domain", "one domain minus the others"])
 def test_intervals_hold_the_truth(kind: str) -> None:
     """A small version of the table in docs/evaluate.md; its limits are three standard errors."""
-    script = simulation()
-    rng, draw = np.random.default_rng(11), script.MEANS[kind]
-    held = script.coverage(lambda: draw(rng, 12, 1.0), 500)
+    rng, draw = np.random.default_rng(11), interval_coverage.MEANS[kind]
+    held = interval_coverage.coverage(lambda: draw(rng, 12, 1.0), 500)
     assert 0.93 - 0.01 <= held <= 0.97 + 0.01

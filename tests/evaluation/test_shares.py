@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from scipy import stats
 
 from moeprune.evaluation.shares import FEW, Pairs
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "interval_coverage.py"
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import interval_coverage
+
 Z = 1.959963984540054
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("coverage_of_shares", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def z_of(pairs: Pairs, difference: float) -> float:
@@ -83,16 +75,16 @@ def test_mcnemar_by_counting() -> None:
     assert Pairs(0, 0, 50).p_value() == Pairs(3, 3, 50).p_value() == 1.0
 
 
-def test_intervals_hold_the_truth_as_often_as_promised(script: ModuleType) -> None:
+def test_intervals_hold_the_truth_as_often_as_promised() -> None:
     """Exactly, from ``FEW`` expected differences on; docs/evaluate.md has a larger table."""
     for differing in (FEW, 14, 25):
         for split in (0.1, 0.3, 0.5):
-            least, most = script.span(differing, split, (30, 100))
+            least, most = interval_coverage.span(differing, split, (30, 100))
             assert 0.93 <= least <= most <= 0.97, (differing, split)
-    assert script.span(2, 0.3, (30, 100))[1] > 0.985, "else fewer would do"
+    assert interval_coverage.span(2, 0.3, (30, 100))[1] > 0.985, "else fewer would do"
 
 
-def test_exact_coverage_counts_every_outcome(script: ModuleType) -> None:
+def test_exact_coverage_counts_every_outcome() -> None:
     """Written out for eight questions."""
     first, second, size = 0.2, 0.1, 8
     held = 0.0
@@ -102,7 +94,7 @@ def test_exact_coverage_counts_every_outcome(script: ModuleType) -> None:
             rest = size - one - two
             chance = stats.multinomial.pmf([one, two, rest], size, [first, second, 0.7])
             held += chance * (found.low <= second - first <= found.high)
-    assert script.exact(first, second, size) == pytest.approx(held, abs=1e-6)
+    assert interval_coverage.exact(first, second, size) == pytest.approx(held, abs=1e-6)
 
 
 def test_words_interval_and_test_agree() -> None:

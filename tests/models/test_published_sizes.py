@@ -69,7 +69,8 @@ def test_every_process_loads_all_layers() -> None:
     shapes = sim.shapes_of("OLMoE-1B-7B")
     gpu = {"link": 1e9, "device_memory": 8e10, "flops": 1e12, "load": 1e9}
     one, eight = (
-        sim.walk("walk", shapes, machine(devices=n, **gpu), 8192, 512, head=False) for n in (1, 8)
+        sim.walk("walk", shapes, machine(devices=n, **gpu), 8 * 4096, 512, head=False)
+        for n in (1, 8)
     )
     assert one.parts["conversion"] == eight.parts["conversion"]
     assert one.parts["link"] == eight.parts["link"]
@@ -77,6 +78,23 @@ def test_every_process_loads_all_layers() -> None:
     assert 8 * one.memory == eight.memory
     weights = 2 * (2 * shapes.largest + shapes.resident)
     assert one.on_device - weights == pytest.approx(8 * (eight.on_device - weights))
+    nobody = sim.walk("walk", shapes, machine(devices=16, **gpu), 8 * 4096, 512, head=False)
+    assert nobody.parts == eight.parts, "a process without a batch does nothing"
+
+
+def test_the_start_of_a_command_may_take_longest() -> None:
+    shapes, work = sim.shapes_of("OLMoE-1B-7B"), sim.Work()
+    assert sim.plan_scores(shapes, machine(read=1e9, start=5.0), work).bound == "start"
+    assert sim.plan_scores(shapes, machine(read=1e9, start=0.1), work).bound == "disk"
+
+
+def test_attention_by_hand() -> None:
+    """Mixtral-8x22B: 48 heads of 128; DeepSeek-V3: 128 of 192 for keys and 128 for values."""
+    for name, layers, widths in (("Mixtral-8x22B", 56, 48 * 256), ("DeepSeek-V3", 61, 128 * 320)):
+        shapes = sim.shapes_of(name)
+        pairs = 2048 / 2
+        flops = sim.walk_flops(shapes, 1, 2048, head=True) - 2 * shapes.active
+        assert flops == pytest.approx(layers * 2 * widths * pairs)
 
 
 def test_layers_of_a_plan_and_checksums_bound_what_they_do() -> None:

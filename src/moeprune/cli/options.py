@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from moeprune.core.targets import Target
     from moeprune.pipeline.inputs import Compute, Text
 
+_Text = Optional[str]  # noqa: UP045  (typer reads it at run time on Python 3.10)
+_Texts = Optional[list[str]]  # noqa: UP045
+_Number = Optional[float]  # noqa: UP045
+_Count = Optional[int]  # noqa: UP045
+_Path = Optional[Path]  # noqa: UP045
+
 Model = Annotated[str, typer.Argument(help="Directory, hub id, or **demo** (the embedded model).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
@@ -24,39 +30,39 @@ Dequantize = Annotated[
     bool, typer.Option("--dequantize", help="Write the weights of a quantised model as bf16.")
 ]
 Data = Annotated[
-    Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
+    _Texts,
     typer.Option(
         help="Text: **[name=]file** (.jsonl, .jsonl.gz, .txt) or "
         "**[name=]dataset:NAME[:CONFIG][:SPLIT][#FIELD]**; repeat for more domains."
     ),
 ]
 Mix = Annotated[
-    Optional[str],  # noqa: UP045
+    _Text,
     typer.Option(help="Weights of domains, **english=2,python=1**; 1 where none is given."),
 ]
 Method = Annotated[str, typer.Option(help="See **moeprune methods**.")]
 Options = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    _Texts,
     typer.Option("--option", "-o", help="Option of the method, **name=value**; repeatable."),
 ]
-Ratio = Annotated[Optional[float], typer.Option(help="Fraction to remove, 0 <= R < 1.")]  # noqa: UP045
-Keep = Annotated[Optional[int], typer.Option(help="Experts to keep per layer.")]  # noqa: UP045
-Tau = Annotated[Optional[float], typer.Option(help="Threshold of MoEITS.")]  # noqa: UP045
-Pattern = Annotated[Optional[str], typer.Option(help="N:M, N of every M weights zeroed.")]  # noqa: UP045
+Ratio = Annotated[_Number, typer.Option(help="Fraction to remove, 0 <= R < 1.")]
+Keep = Annotated[_Count, typer.Option(help="Experts to keep per layer.")]
+Tau = Annotated[_Number, typer.Option(help="Threshold of MoEITS.")]
+Pattern = Annotated[_Text, typer.Option(help="N:M, N of every M weights zeroed.")]
 TargetBytes = Annotated[
-    Optional[str],  # noqa: UP045
+    _Text,
     typer.Option(help="Remove as little as fits this size: **24GiB**, **900MB**, plain bytes."),
 ]
 TargetParams = Annotated[
-    Optional[str],  # noqa: UP045
+    _Text,
     typer.Option(help="Remove as little as leaves at most so many parameters: **8e9**."),
 ]
 Pin = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    _Texts,
     typer.Option(help="Experts that stay, **LAYER:IDS** (**3:5,7**, **'*:0'**); repeatable."),
 ]
 Forbid = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    _Texts,
     typer.Option(help="Experts that do not stay, **LAYER:IDS**; repeatable."),
 ]
 ProtectSuper = Annotated[
@@ -77,7 +83,7 @@ Pad = Annotated[
     ),
 ]
 Statistics = Annotated[
-    Optional[Path],  # noqa: UP045
+    _Path,
     typer.Option(help="Output of **moeprune calibrate**."),
 ]
 Mtp = Annotated[
@@ -93,11 +99,11 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Torch device.")]
 Workers = Annotated[int, typer.Option(min=0, help="Batches computed at once; 0: one per core.")]
 Memory = Annotated[
-    Optional[str],  # noqa: UP045
+    _Text,
     typer.Option(help="Stay below this: **8GiB**. Slower where it is little; same results."),
 ]
 MemoryDir = Annotated[
-    Optional[Path],  # noqa: UP045
+    _Path,
     typer.Option(help="Folder on a disk for what has no room; default: TMPDIR."),
 ]
 Profiled = Annotated[

@@ -72,7 +72,7 @@ class Target:
                 "choose a method that removes, replaces or merges experts",
             )
 
-        if competes(method):
+        if shares_budget(method):
             try:
                 method.accept(Budget(total=0))
             except BudgetError as error:
@@ -88,7 +88,7 @@ class Target:
         layers compete (``scope``), experts kept in all layers together.
         """
         multiple = self.multiple_of
-        if competes(method):
+        if shares_budget(method):
             every = sum(shape.experts for shape in shapes)
             return [Budget(total=n, multiple_of=multiple) for n in range(every, -1, -1)]
         sizes = {shape.experts for shape in shapes}
@@ -146,8 +146,11 @@ class Target:
         )
 
 
-def competes(method: Method) -> bool:
-    """Whether the layers of ``method`` share one budget."""
+def shares_budget(method: Method) -> bool:
+    """Whether a total is shared out among layers by ``scope``.
+
+    ``Method.competes`` is wider: it holds for any method that decides about all layers at once.
+    """
     return getattr(method, "scope", "layer") != "layer"
 
 

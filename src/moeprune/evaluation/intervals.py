@@ -6,6 +6,7 @@ Axes: N items or clusters of items (windows of text, documents, questions), B re
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ MOST = 300
 FEWEST = 6
 """Fewer independent items than this carry no interval that can be trusted."""
 _NO_SPREAD = 1e-9
+_PLURAL = re.compile(r"s\b")
 _APART = 211  # resamples; a prime that does not divide their number
 
 
@@ -246,6 +248,11 @@ def holm(p_values: ArrayLike) -> Floats:
     return adjusted_D
 
 
+def counted(count: int, things: str) -> str:
+    """``3 questions``, ``1 question``; of ``windows of one document`` the first word changes."""
+    return f"{count} {re.sub(_PLURAL, '', things, count=1) if count == 1 else things}"
+
+
 def verdict(
     interval: Interval,
     smallest: float,
@@ -279,7 +286,7 @@ def verdict(
             else "cannot show a difference"
         )
         more = f"; {advice}" if advice else ""
-        return f"too small a sample: {interval.items} {things} {shows}{more}"
+        return f"too small a sample: {counted(interval.items, things)} {shows}{more}"
     if interval.low == interval.high == 0.0:
         return f"no difference: the same on all {interval.items} {things}"
     if interval.excludes_zero:

@@ -9,6 +9,7 @@ Axes: B rows of a batch, L positions, V vocabulary, C tokens of a continuation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -91,9 +92,11 @@ def likelihoods(
     found: dict[str, dict[int, Answer]] = {name: {} for name in models}
     total = sum(len(model.layers) for model in models.values()) * len(batches)
     before = 0
-    sizes = [(len(b), len(b[0].read(max_length))) for b in max(passes, key=len, default=[])]
     at_once = workers or default_workers(next(iter(models.values())).device)
-    share(list(models.values()), Load(sizes, at_once, chunks=True))
+    sizes = [[_size(batch, max_length) for batch in rows] for rows in passes]
+    most, largest = (max(sizes, key=key, default=[]) for key in (len, _most_tokens))
+    for asked in (most, largest):
+        share(list(models.values()), Load(asked, at_once, chunks=True))
     for rows in passes:
         inputs = [_batch(batch, max_length) for batch in rows]
         for name, model in models.items():
@@ -141,7 +144,7 @@ def _passes(
     taken: list[list[_Row]] = []
     held = 0
     for batch in batches:
-        size = len(batch) * len(batch[0].read(max_length))
+        size = math.prod(_size(batch, max_length))
         if taken and (held + size > tokens or len(taken) == _BATCHES_PER_WALK):
             yield taken
             taken, held = [], 0
@@ -149,6 +152,15 @@ def _passes(
         held += size
     if taken:
         yield taken
+
+
+def _size(batch: Sequence[_Row], max_length: int) -> tuple[int, int]:
+    """Rows and tokens of each; the first is the longest."""
+    return len(batch), len(batch[0].read(max_length))
+
+
+def _most_tokens(sizes: Sequence[tuple[int, int]]) -> int:
+    return max(map(math.prod, sizes))
 
 
 def _batch(rows: Sequence[_Row], max_length: int) -> Batch:

@@ -19,6 +19,7 @@ from moeprune.evaluation.intervals import (
     Estimate,
     Interval,
     combined,
+    counted,
     estimate,
     holm,
     verdict,
@@ -125,7 +126,7 @@ class Paired:
         if self.same:
             most = 1.0 - (1.0 - loss.level) ** (1.0 / items)
             return (
-                f"no difference: the same on all {items} {self.loss.unit} "
+                f"no difference: the same on all {counted(items, self.loss.unit)} "
                 f"(at {loss.level:.0%}, fewer than {most:.0%} of such {self.loss.unit} differ)"
             )
         if items >= FEWEST and max(abs(loss.low), abs(loss.high)) <= ROUNDING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moeprune.core.accumulators import SAMPLE_SIZE
 from moeprune.core.memory import Decision, Sizes, decide, describe
 from moeprune.core.profile import HIDDEN, Profile
+from moeprune.core.shapes import LayerShape
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import MoepruneError
 from moeprune.models.expert_ranges import whole_only
@@ -279,11 +280,13 @@ def _logits(model: LayeredModel, tokens: int) -> int:
 
 def _statistics(model: LayeredModel, needs: Sequence[str]) -> int:
     """One set of sums of the largest layer."""
-    found = 0
-    for site in model.sites.values():
-        parts = LayerStatistics.empty(site.shape, needs, "meta").parts.values()
-        own = sum(t.nbytes for part in parts for _, t in part.tensors())
-        row = site.shape.hidden + site.shape.experts + 3 * site.shape.top_k
-        sample = any(part.sampled for part in parts)
-        found = max(found, own + sample * SAMPLE_SIZE * row * 4)
-    return found
+    return max((statistics_bytes(site.shape, needs) for site in model.sites.values()), default=0)
+
+
+def statistics_bytes(shape: LayerShape, needs: Sequence[str]) -> int:
+    """One set of sums of a layer."""
+    parts = LayerStatistics.empty(shape, needs, "meta").parts.values()
+    own = sum(t.nbytes for part in parts for _, t in part.tensors())
+    row = shape.hidden + shape.experts + 3 * shape.top_k
+    sample = any(part.sampled for part in parts)
+    return own + sample * SAMPLE_SIZE * row * 4

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moeprune.evaluation.intervals import FEWEST
+from moeprune.evaluation.intervals import FEWEST, counted
 
 _STEADY = 0.8  # mean overlap below which a choice of experts is called unsteady
+_PIECES = "independent pieces of text"
 _UNCOVERED = 0.1  # share of experts with too few tokens that is worth a warning
 
 Json = Mapping[str, Any]
@@ -44,8 +45,8 @@ def _warnings(result: Json) -> Iterator[str]:
     measured = next(iter(result["model_damage"].values()), None)
     if measured is not None and measured["kl"]["items"] < FEWEST:
         yield (
-            f"damage was measured on {measured['kl']['items']} independent pieces of text: too few "
-            "for an interval that can be trusted; give more text or a larger --held"
+            f"damage was measured on {counted(measured['kl']['items'], _PIECES)}: too few for an "
+            "interval that can be trusted; give more text or a larger --held"
         )
     refused = {
         ratio: cell["refused"]
@@ -153,9 +154,9 @@ def _recommended(result: Json) -> Iterator[str]:
             text += f", less than the least that was tried ({tried[0]:.0%})"
     yield (
         f"{text} ({ratio['level']:.0%} interval {ratio['low']:.0%} to {ratio['high']:.0%}, "
-        f"{items} pieces of text) before the loss rises by {limit:g} nats per token, with {name}, "
-        "the same share in every layer, nothing trained afterwards, on text like this; between the "
-        "ratios tried this is a straight line, not a measurement"
+        f"{counted(items, _PIECES)}) before the loss rises by {limit:g} nats per token, with "
+        f"{name}, the same share in every layer, nothing trained afterwards, on text like this; "
+        "between the ratios tried this is a straight line, not a measurement"
     )
 
 

@@ -120,7 +120,8 @@ def _sort(file: Path, data: dict[str, Any], found: _Found) -> None:
         if not all(isinstance(data.get(key), kind) for key, kind in _WHOLE.items()):
             raise MoepruneError("the plan is not whole")
         plan = {key: data[key] for key in _WHOLE}
-        plan |= {"label": label.removesuffix(".plan"), "layers": layers}
+        counts = {index: layer["experts"] for index, layer in data["layers"].items()}
+        plan |= {"label": label.removesuffix(".plan"), "layers": layers, "counts": counts}
         # a plan and its copies decide the same: the first one found stands for all
         decision = (plan["method"], plan["budget"], plan["options"], plan["model"], data["layers"])
         known = [k for k, other in found.plans.items() if other["decision"] == decision]
@@ -157,11 +158,30 @@ def _base(found: _Found) -> dict[str, Any]:
     try:
         return {
             **{key: models[0][key] for key in keys},
+            "experts": max([models[0]["experts"], *_counts(found).values()]),
             "parameters": _sizes(made, "parameters")[0],
             "bytes": _sizes(made, "tensor_bytes")[0],
         }
     except (KeyError, TypeError, LookupError) as error:
         raise MoepruneError(f"the run does not say which model it is of: {error}", _WHAT) from error
+
+
+def _counts(found: _Found) -> dict[str, int]:
+    """Experts by layer, of which layers may have different numbers; empty where nothing names them.
+
+    A plan that drops whole layers names none.
+    """
+    for plan in found.plans.values():
+        if plan["counts"]:
+            counts: dict[str, int] = plan["counts"]
+            return counts
+    layers = found.stores[0].manifest["layers"] if found.stores else {}
+    return {index: entry["shape"]["experts"] for index, entry in layers.items()}
+
+
+def _total(base: Mapping[str, Any], counts: Mapping[str, int]) -> int:
+    """Experts of all layers."""
+    return sum(counts.values()) or len(base["moe_layers"]) * int(base["experts"])
 
 
 def _evaluation(key: str, found: _Found) -> dict[str, Any]:
@@ -179,8 +199,7 @@ def _used(base: Mapping[str, Any], found: _Found) -> list[dict[str, Any]]:
 
 
 def _row(key: str, plan: dict[str, Any], found: _Found, base: Mapping[str, Any]) -> dict[str, Any]:
-    made = _made(key, found)
-    total = len(base["moe_layers"]) * base["experts"]
+    made, total = _made(key, found), _total(base, plan["counts"])
     kept = sum(len(entry["keep"]) for entry in plan["layers"].values())
 
     return {
@@ -201,7 +220,7 @@ def _row(key: str, plan: dict[str, Any], found: _Found, base: Mapping[str, Any])
 
 
 def _original(base: Mapping[str, Any], found: _Found) -> dict[str, Any]:
-    total = len(base["moe_layers"]) * base["experts"]
+    total = _total(base, _counts(found))
     return {
         "name": "original",
         "method": None,

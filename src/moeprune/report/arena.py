@@ -194,7 +194,6 @@ def render(result: Mapping[str, Any], plans: Sequence[Row] = ()) -> tuple[str, s
     best = {names[i] for i in pareto.front(rows)}
 
     def draw(drawable: Sequence[Row], shown: Mapping[str, Any], left_out: Sequence[str]) -> str:
-        drawn = atlas.payload({**result, "rows": drawable, "atlas": shown})
         return templates.get_template("compare.html.j2").render(
             model=result["model"],
             command=result["command"],
@@ -210,16 +209,8 @@ def render(result: Mapping[str, Any], plans: Sequence[Row] = ()) -> tuple[str, s
             warnings=[(title(row), text) for row in rows for text in row.get("warnings", ())],
             facts=_facts(result),
             versions=result["versions"],
-            light=marks.variables(),
-            dark=marks.variables(dark=True),
-            steps=marks.STEPS,
-            sides=marks.SIDES,
-            grid=None if drawn is None else atlas.grid(drawn),
-            data=None if drawn is None else atlas.script(drawn),
-            atlas=drawn,
-            left_out=left_out,
-            choices=[] if drawn is None else atlas.choices(drawn),
             colours=pareto.COLOURS,
+            **atlas.shown(atlas.payload({**result, "rows": drawable, "atlas": shown}), left_out),
             **scripts("theme.js", "atlas.js"),
         )
 

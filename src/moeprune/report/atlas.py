@@ -44,6 +44,24 @@ def payload(result: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def shown(drawn: Mapping[str, Any] | None, left_out: Sequence[str]) -> dict[str, Any]:
+    """What templates need for the atlas, from what ``payload`` returned, and the page's colours.
+
+    ``left_out`` says what is missing of it.
+    """
+    return {
+        "atlas": drawn,
+        "grid": None if drawn is None else grid(drawn),
+        "data": None if drawn is None else script(drawn),
+        "choices": [] if drawn is None else choices(drawn),
+        "left_out": left_out,
+        "light": marks.variables(),
+        "dark": marks.variables(dark=True),
+        "steps": marks.STEPS,
+        "sides": marks.SIDES,
+    }
+
+
 def script(value: Any) -> Markup:
     """JSON that can stand in a script element: it holds no ``<``, ``>`` or ``&``."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

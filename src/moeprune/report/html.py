@@ -15,7 +15,6 @@ from moeprune.report import (
     atlas,
     balance,
     intervals,
-    marks,
     measurements,
     removals,
     room,
@@ -68,7 +67,6 @@ def render_report(result: Mapping[str, Any]) -> str:
 def _page(result: Mapping[str, Any], left_out: Sequence[str]) -> str:
     """Of all that the result holds; ``left_out`` says what it does not hold any more."""
     samples, undrawn = measurements.samples(result)
-    drawn = atlas.payload(result)
     return (
         environment()
         .get_template("report.html.j2")
@@ -81,11 +79,6 @@ def _page(result: Mapping[str, Any], left_out: Sequence[str]) -> str:
             table=measurements.table(result),
             chart=scatter(samples),
             undrawn=undrawn,
-            grid=None if drawn is None else atlas.grid(drawn),
-            data=None if drawn is None else atlas.script(drawn),
-            atlas=drawn,
-            left_out=left_out,
-            choices=[] if drawn is None else atlas.choices(drawn),
             verdicts=intervals.verdicts(result),
             balance=balance.balance(result),
             sections=sections.sections(result),
@@ -94,10 +87,7 @@ def _page(result: Mapping[str, Any], left_out: Sequence[str]) -> str:
             origin=_origin(result),
             settings=_settings(result),
             versions=result["versions"],
-            light=marks.variables(),
-            dark=marks.variables(dark=True),
-            steps=marks.STEPS,
-            sides=marks.SIDES,
+            **atlas.shown(atlas.payload(result), left_out),
             **scripts("theme.js", "atlas.js"),
         )
     )

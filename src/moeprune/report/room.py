@@ -1,4 +1,4 @@
-"""A page stays below 6 MB whatever it is given: what grows with results is left out, and named.
+"""A page stays below 6 MB: what grows with experts is left out where it must, and named.
 
 First the scores of the last results go, then what became of their single experts, then what experts
 served. Tables of sizes and losses stay.

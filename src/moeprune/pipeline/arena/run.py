@@ -185,9 +185,12 @@ def _facts(
     command: str, facts: dict[str, Any], windows: Sequence[data.Domain], asked: Asked
 ) -> dict[str, Any]:
     keys = ("model_type", "layers", "moe_layers", "experts", "top_k", "parameters", "bytes")
+    model = {"name": facts["name"], **{k: facts[k] for k in (*keys, "fingerprint")}}
+    if isinstance(model["experts"], list):  # by layer, where they differ
+        model["experts"] = max(model["experts"])
     return {
         "command": command,
-        "model": {"name": facts["name"], **{k: facts[k] for k in (*keys, "fingerprint")}},
+        "model": model,
         "heldout": data.describe(windows),
         "versions": versions(),
         "order": [cell.key for cell in asked.cells()],
