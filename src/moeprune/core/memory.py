@@ -19,7 +19,7 @@ _PASSES = 16
 """Parts that a layer is cut into at most while anything else fits: each is a pass over all text."""
 
 _SPEED_WHOLE, _SPEED_PARTS = 3, 2
-"""Of a worker, as a ratio: experts in parts took 1.4 times the CPU time (``docs/performance.md``)."""
+"""Of a worker, as a ratio: parts took 1.4 times the CPU time (``docs/performance.md``)."""
 
 
 @dataclass(frozen=True)
