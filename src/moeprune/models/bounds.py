@@ -133,7 +133,8 @@ def share(models: Sequence[LayeredModel], load: Load, compared: int = 0) -> None
     """
     if all(model.limits.memory is None for model in models):
         return
-    outside = [outside_bytes(model) for model in models]
+    parked = len(load.tokens) * _parked(load)
+    outside = [outside_bytes(model) + parked for model in models]
     for number, model in enumerate(models):
         memory = model.limits.memory
         if memory is not None:
@@ -179,8 +180,12 @@ def sizes_of(model: LayeredModel, load: Load) -> Sizes:
         workers=load.workers,
         chunks=load.chunks and whole_only(model) is None,
         offset=load.offset,
-        parked=_THREAD + _IDS * math.prod(largest),
+        parked=_parked(load),
     )
+
+
+def _parked(load: Load) -> int:
+    return _THREAD + _IDS * max(map(math.prod, load.tokens), default=0)
 
 
 def _between(model: LayeredModel, rows: int, length: int) -> int:
