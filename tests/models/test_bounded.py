@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from moeprune.models.walk import Batch, Walk
 Tiny = Callable[[str], Path]
 
 EVERYTHING = ("routing", "inputs", "hidden", "outputs", "router", "sample", "hidden-gram")
+PAGE = mmap.PAGESIZE
 WHOLE = {"dbrx", "llama4_text", "longcat_flash", "zaya"}
 """Families whose experts are never loaded some at a time."""
 
@@ -195,9 +197,9 @@ def test_the_work_of_experts_is_not_counted_twice(tiny: Tiny) -> None:
     assert sizes(tiny("llama4_text")).work >= every
 
 
-@pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss"])
+@pytest.mark.parametrize(("model_type", "least"), [("olmoe", 0.98), ("gpt_oss", 0.9)])
 def test_states_between_layers_are_as_large_as_that(
-    model_type: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, least: float, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Masks of eager attention (gpt_oss) and tables of positions are moved, and are counted."""
     store = HiddenStates(tmp_path, smallest=1)
@@ -207,7 +209,7 @@ def test_states_between_layers_are_as_large_as_that(
     with Walk(model, [batch], 1) as walk:
         walk.layers()
         expected = sizes_of(model, Load([(1, 600)], 1)).hidden
-    assert 0.7 * expected < store.nbytes < 1.1 * expected + 8 * 4096
+    assert least * expected < store.nbytes < expected + 8 * PAGE
 
 
 def test_logits_are_counted_with_what_they_are_compared_with(tiny: Tiny) -> None:
