@@ -212,6 +212,18 @@ def test_states_between_layers_are_as_large_as_that(
     assert least * expected < store.nbytes < expected + 8 * PAGE
 
 
+def test_edits_stand_beside_what_they_change(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "_process", lambda: 0)
+    experts = sum(p.nbytes for p in opened(tiny("gpt_oss")).sites[0].experts.parameters())
+    needs = ("routing",)
+    assert sizes(tiny("gpt_oss"), needs=needs).source == experts
+    assert sizes(tiny("gpt_oss"), needs=needs, chunks=True).source == 0
+    plain, branched = sizes(tiny("gpt_oss")), sizes(tiny("gpt_oss"), needs=needs, shared=True)
+    assert branched.base == plain.base + experts
+    assert branched.logits == plain.logits > 0
+    assert branched.statistics > 0
+
+
 def test_logits_are_counted_with_what_they_are_compared_with(tiny: Tiny) -> None:
     models = [limited(tiny("olmoe"), 1 << 40) for _ in range(2)]
     load = Load([(2, 24)], 2)

@@ -32,7 +32,7 @@ class Sizes:
         layer: the largest decoder layer in the dtype computed in.
         rest: the largest decoder layer without its experts.
         source: tensors of a layer that stand beside those which are made of them while it is
-            loaded (experts stored one by one or quantised), at most.
+            loaded (experts stored one by one or quantised) or edited, at most.
         experts: experts of a layer.
         batches: how many.
         hidden: what the largest batch holds between layers.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,7 @@ class Load:
         workers: batches that may compute at once.
         needs: accumulators that are collected.
         chunks: whether the experts of a layer may be loaded some at a time.
-        shared: whether batches hand their states to each other.
+        shared: whether batches hand their states to each other, as branches do.
         logits: whether they go on through the head.
         offset: batches that other processes have before these.
     """
@@ -81,6 +81,11 @@ class Load:
     shared: bool = False
     logits: bool = True
     offset: int = 0
+
+    @property
+    def edits(self) -> bool:
+        """Whether new experts of a layer may stand beside the old ones."""
+        return self.shared or bool(self.needs and not self.chunks)
 
 
 def bounded(
@@ -165,18 +170,20 @@ def sizes_of(model: LayeredModel, load: Load) -> Sizes:
         for index in layers
     ]
     largest = max(load.tokens, key=math.prod, default=(0, 0))
+    edited = max(inside, default=0) if load.edits else 0
     return Sizes(
-        base=_process() + model.limits.beside,
+        # branches compute while the layer is there as it was and as it is edited
+        base=_process() + model.limits.beside + load.shared * edited,
         resident=0 if model.is_resident else stored[RESIDENT][0],
         layer=max(whole, default=0),
         rest=max((a - b for a, b in zip(whole, inside, strict=True)), default=0),
-        source=max((stored[index][1] + model.beside(index) for index in layers), default=0),
+        source=max((edited, *(stored[index][1] + model.beside(index) for index in layers))),
         experts=max((site.shape.experts for site in model.sites.values()), default=1),
         batches=len(load.tokens),
         hidden=max((_between(model, *size) for size in load.tokens), default=0),
         work=_work(model, load, *largest),
         logits=_logits(model, math.prod(largest)) if load.logits else 0,
-        statistics=_statistics(model, load.needs),
+        statistics=statistics_bytes(model, load.needs),
         workers=load.workers,
         chunks=load.chunks and whole_only(model) is None,
         offset=load.offset,
@@ -317,7 +324,7 @@ def _logits(model: LayeredModel, tokens: int) -> int:
     return tokens * int(text_config(model.config).vocab_size) * each
 
 
-def _statistics(model: LayeredModel, needs: Sequence[str]) -> int:
+def statistics_bytes(model: LayeredModel, needs: Iterable[str]) -> int:
     """One set of sums of the largest layer."""
     found = 0
     for site in model.sites.values():

@@ -128,8 +128,8 @@ class Walk:
         self._time = self.model.limits.profile
         workers = self.workers or default_workers(self.model.device)
         tokens = [batch.size for batch in self.batches]
-        how = (self.needs, self.chunks, self.shared, not self.needs, self.offset)
-        load = Load(tokens, workers, *how)
+        logits = self.shared or not self.needs
+        load = Load(tokens, workers, self.needs, self.chunks, self.shared, logits, self.offset)
         self.way, self._hidden = bounded(self.model, load, self.ranks)
         if self._hidden is not None:
             self._stack.callback(self._hidden.close)
@@ -308,10 +308,8 @@ class Walk:
         self.progress(self._steps, len(self.batches) * len(self.model.layers))
 
     def _observe(self, site: MoESite, needs: Sequence[str]) -> LayerStatistics:
-        total = self._collect(
-            site, lambda: LayerStatistics.empty(site.shape, needs, self.model.device), self._step
-        )
-        return total
+        empty = partial(LayerStatistics.empty, site.shape, needs, self.model.device)
+        return self._collect(site, empty, self._step)
 
     def observe_parts(
         self, site: MoESite, needs: Sequence[str], limit: int
