@@ -29,8 +29,8 @@ SIZES = Sizes(
         (1500, (3, False, 4, 8)),  # the next layer is not read ahead; room again for some
         (1389, (2, False, 3, 8)),  # fewer batches at once
         (1321, (0, False, 3, 8)),
-        (1300, (0, False, 1, 7)),  # experts some at a time
-        (1000, (0, False, 1, 4)),
+        (1300, (0, False, 4, 5)),  # experts some at a time
+        (1000, (0, False, 2, 2)),
         (860, (0, False, 1, 1)),
     ],
 )
@@ -49,6 +49,25 @@ def test_sums_that_wait_for_other_processes_take_memory() -> None:
     first, way = replace(SIZES, source=0), Decision(0, False, 1, 8)
     later = replace(first, offset=37)
     assert peak(later, way) - peak(first, way) == (held(20, 37) - held(20)) * SIZES.statistics > 0
+
+
+def test_experts_some_at_a_time_are_computed_by_all_workers() -> None:
+    """Rather smaller parts of a layer than fewer batches at once, but no more than 16 parts."""
+    many = replace(SIZES, experts=64)
+    assert [decide(many, budget * MIB).workers for budget in (1240, 1180, 1100)] == [4, 4, 4]
+    assert decide(many, 1240 * MIB).chunk > decide(many, 1180 * MIB).chunk >= 4
+    assert decide(many, smallest_budget(many)).chunk == 1
+
+
+def test_what_batches_hold_in_any_case_counts() -> None:
+    parked = replace(SIZES, parked=3 * MIB)
+    assert smallest_budget(parked) == smallest_budget(SIZES) + 20 * 3 * MIB
+
+
+def test_large_sums_keep_experts_together() -> None:
+    """One more set of sums, as chunks need it, would be more than the layer."""
+    heavy = replace(SIZES, statistics=1000 * MIB)
+    assert decide(heavy, smallest_budget(heavy)).chunk == heavy.experts
 
 
 def test_too_little_names_what_works() -> None:
@@ -102,6 +121,7 @@ _SIZES = st.builds(
     Sizes, base=_BYTES, resident=_BYTES, layer=_BYTES, rest=st.just(0), source=_BYTES,
     experts=st.integers(1, 300), batches=st.integers(0, 2000), hidden=_BYTES, work=_BYTES,
     logits=_BYTES, statistics=_BYTES, workers=st.integers(1, 16), chunks=st.booleans(),
+    parked=st.integers(0, 1 << 20),
 )  # fmt: skip
 
 
@@ -120,8 +140,11 @@ def test_a_decision_fits_or_the_least_is_more(sizes: Sizes, budget: int) -> None
 
 @given(_SIZES, st.integers(1, 1 << 38), st.integers(0, 1 << 36))
 def test_more_memory_never_gives_up_more(sizes: Sizes, budget: int, more: int) -> None:
-    def kept(decision: Decision) -> tuple[bool, int, int]:
-        return decision.prefetch, decision.workers, decision.chunk
+    def kept(decision: Decision) -> tuple[bool, bool, int, bool, int]:
+        whole = decision.chunk == sizes.experts
+        few = decision.chunk * 16 >= sizes.experts  # passes over the text
+        speed = decision.workers * (3 if whole else 2) * few
+        return decision.prefetch, few, speed, whole, decision.workers * 1000 + decision.chunk
 
     try:
         little = decide(sizes, budget)

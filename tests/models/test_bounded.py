@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from moeprune.core.memory import Decision, Sizes
 from moeprune.errors import BudgetError, MoepruneError
 from moeprune.models import bounds
 from moeprune.models import walk as walking
-from moeprune.models.bounds import Limits, Load, bounded, sizes_of
+from moeprune.models.bounds import Limits, Load, bounded, share, sizes_of
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.expert_ranges import whole_only
 from moeprune.models.hidden import HiddenStates
 from moeprune.models.loading import LayeredModel
+from moeprune.models.ranks import Ranks
 from moeprune.models.walk import Batch, Walk
 
 Tiny = Callable[[str], Path]
 
 EVERYTHING = ("routing", "inputs", "hidden", "outputs", "router", "sample", "hidden-gram")
+PAGE = mmap.PAGESIZE
 WHOLE = {"dbrx", "llama4_text", "longcat_flash", "zaya"}
 """Families whose experts are never loaded some at a time."""
 
@@ -49,7 +52,9 @@ def run(
     """Logits and statistics of a walk that goes ``way``."""
     found: dict[str, Tensor] = {}
 
-    def decided(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | None]:
+    def decided(
+        model: LayeredModel, load: Load, ranks: Ranks
+    ) -> tuple[Decision, HiddenStates | None]:
         assert way is not None
         stays = way.in_memory >= len(load.tokens)
         return way, None if stays else HiddenStates(None, way.in_memory, smallest=1)
@@ -171,7 +176,8 @@ def test_sizes_are_those_of_the_tensors(tiny: Tiny) -> None:
     model.load_resident()
     outside = [p for n, p in model.model.named_parameters() if ".layers." not in n]
     assert found.resident == sum(p.nbytes for p in outside)
-    assert found.hidden == 3 * 48 * 32 * 4
+    head = 32 // model.config.num_attention_heads
+    assert found.hidden == 48 * (3 * 32 + 2 * head) * 4
     assert found.chunks
     assert sizes(tiny("gpt_oss")).source == 0  # mapped as they are
     assert not sizes(tiny("dbrx"), chunks=True).chunks
@@ -191,10 +197,59 @@ def test_the_work_of_experts_is_not_counted_twice(tiny: Tiny) -> None:
     assert sizes(tiny("llama4_text")).work >= every
 
 
+@pytest.mark.parametrize(("model_type", "least"), [("olmoe", 0.98), ("gpt_oss", 0.9)])
+def test_states_between_layers_are_as_large_as_that(
+    model_type: str, least: float, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks of eager attention (gpt_oss) and tables of positions are moved, and are counted."""
+    store = HiddenStates(tmp_path, smallest=1)
+    monkeypatch.setattr(walking, "bounded", lambda model, load, ranks: (FILED, store))
+    model = opened(tiny(model_type))
+    batch = Batch(token_ids(1, 600, seed=1), torch.arange(600)[None])
+    with Walk(model, [batch], 1) as walk:
+        walk.layers()
+        expected = sizes_of(model, Load([(1, 600)], 1)).hidden
+    assert least * expected < store.nbytes < expected + 8 * PAGE
+
+
+def test_edits_stand_beside_what_they_change(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "_process", lambda: 0)
+    experts = sum(p.nbytes for p in opened(tiny("gpt_oss")).sites[0].experts.parameters())
+    needs = ("routing",)
+    assert sizes(tiny("gpt_oss"), needs=needs).source == experts
+    assert sizes(tiny("gpt_oss"), needs=needs, chunks=True).source == 0
+    plain, branched = sizes(tiny("gpt_oss")), sizes(tiny("gpt_oss"), needs=needs, shared=True)
+    assert branched.base == plain.base + experts
+    assert branched.logits == plain.logits > 0
+    assert branched.statistics > 0
+
+
+def test_logits_are_counted_with_what_they_are_compared_with(tiny: Tiny) -> None:
+    models = [limited(tiny("olmoe"), 1 << 40) for _ in range(2)]
+    load = Load([(2, 24)], 2)
+    share(models, load, 8)
+    values = 48 * models[0].config.vocab_size
+    assert sizes_of(models[0], load).logits == values * (2 * 4 + 8)
+
+
+def test_processes_agree_on_experts_some_at_a_time(tiny: Tiny) -> None:
+    """One that would have room for all loads as few as the others, and files what that takes."""
+
+    class Crowded(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, 3]
+
+    load = Load([(2, 24)] * 4, 2, chunks=True)
+    way, hidden = bounded(limited(tiny("olmoe"), 1 << 40), load, Crowded())
+    assert (way.in_memory, way.chunk) == (0, 3)
+    assert hidden is not None
+    hidden.close()
+
+
 def test_a_visit_cannot_change_weights_that_are_not_there(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walking, "bounded", lambda model, load: (CHUNKED, None))
+    monkeypatch.setattr(walking, "bounded", lambda model, load, ranks: (CHUNKED, None))
     with (
         Walk(opened(tiny("olmoe")), batches(), chunks=True) as walk,
         pytest.raises(BudgetError, match="weights cannot be changed"),

@@ -13,6 +13,8 @@ from torch import Tensor
 from moeprune.errors import OutputError
 from moeprune.models import hidden
 from moeprune.models.hidden import HiddenStates, refuse_memory
+from moeprune.models.walk_state import _pieces
+from moeprune.models.writer import write_file
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 ROWS = 16 * PAGE // 4
@@ -69,6 +71,18 @@ def test_places_are_used_again_when_nobody_holds_them(store: HiddenStates) -> No
     for turn in range(6):
         store.keep(2, torch.full((ROWS,), float(turn)))
     assert store.nbytes == 2 * ROWS * 4
+
+
+def test_a_batch_may_rest_when_it_is_written(tmp_path: Path) -> None:
+    """Not when all are: their pages together may be more than memory."""
+    told: list[tuple[int, int]] = []
+    file = tmp_path / "state"
+    outputs = [torch.ones(PAGE), (torch.zeros(PAGE), None), torch.ones(PAGE)]
+    pieces = list(_pieces(outputs, lambda index: told.append((index, file.stat().st_size))))
+    assert not told
+    write_file(file, pieces)
+    assert [index for index, _ in told] == [0, 1, 2]
+    assert all(4 * PAGE * (n + 1) <= size < 4 * PAGE * (n + 2) for n, size in told)
 
 
 def test_nothing_is_left_on_the_disk(tmp_path: Path) -> None:

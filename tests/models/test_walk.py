@@ -518,6 +518,30 @@ def test_at_most_two_layers_are_in_memory(tiny: Tiny) -> None:
     assert all(p.is_meta for layer in model.layers for p in layer.parameters())
 
 
+def test_logits_of_few_batches_at_once(tiny: Tiny) -> None:
+    """One slow batch does not make those behind it pile up."""
+    model, passed = opened(tiny("olmoe")), threading.Event()
+    batches = [batch(token_ids(1, 9 if n else 24, seed=n), 100 * n) for n in range(8)]
+    most = 0
+
+    def slow(module: nn.Module, args: Any) -> None:
+        if args[0].shape[1] == 24:
+            passed.wait(0.2)  # for as long as all others would take
+
+    hook = model.model.get_output_embeddings().register_forward_pre_hook(slow)
+    with Walk(model, batches, 2) as running:
+
+        def finished(index: int, logits: Tensor) -> None:
+            nonlocal most
+            held = [job.output for job in running._lockstep.jobs]
+            most = max(most, 1 + sum(hasattr(output, "logits") for output in held))
+
+        running.layers()
+        running.logits(finished)
+    hook.remove()
+    assert most <= 2
+
+
 def test_progress_counts_batches_and_layers(tiny: Tiny) -> None:
     steps: list[tuple[int, int]] = []
     model = opened(tiny("deepseek_v3"))

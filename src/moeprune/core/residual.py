@@ -40,11 +40,6 @@ class Residual:
     last_key_Q: Tensor
     last_angle_QDD: Tensor
 
-    @classmethod
-    def of(cls, key_S: Tensor, x_DSC: Tensor, last_key_Q: Tensor, x_DQC: Tensor) -> Residual:
-        """From the stream itself, [D, tokens, channels]."""
-        return cls(key_S, angles(x_DSC), last_key_Q, angles(x_DQC))
-
     @property
     def layers(self) -> int:
         """L, the decoder layers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 
 import numpy as np
@@ -38,9 +38,19 @@ class KeptEvaluation:
         states.resume(lambda index: index <= newest, f"the walk through the {name}", outputs=True)
         return states
 
-    def save(self, states: WalkStates, index: int, outputs: Sequence[object], spent: float) -> None:
-        """Keep a layer of a walk, and how many seconds it took; the last one in any case."""
-        states.save(index, outputs, always=index + 1 == len(states.model.layers))
+    def save(
+        self,
+        states: WalkStates,
+        index: int,
+        outputs: Sequence[object],
+        spent: float,
+        written: Callable[[int], None] = lambda batch: None,
+    ) -> None:
+        """Keep a layer of a walk, and how many seconds it took; the last one in any case.
+
+        ``written`` is as in ``WalkStates.save``.
+        """
+        states.save(index, outputs, index + 1 == len(states.model.layers), written)
         if states.layers()[-1:] == [index]:
             self.folder.write(f"{states.name}/seconds.json", json_bytes(spent))
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _LOGITS_PER_BATCH = 1 << 25  # values, of one model
 _TOKENS_PER_BATCH = 4096
+_REFERENCE = 8  # bytes that ``Reference`` holds of a logit
 TOP = 5
 _POSITIONS = 64  # whose logits are compared at once
 
@@ -171,7 +172,8 @@ def evaluate(
     total, before = sum(steps) + len(batches), 0
     results = {name: Evaluation() for name in models}
     at_once = workers or default_workers(next(iter(models.values())).device)
-    share(list(models.values()), Load([batch.size for batch in batches], at_once, chunks=True))
+    load = Load([batch.size for batch in batches], at_once, chunks=True)
+    share(list(models.values()), load, 0 if teacher is None else _REFERENCE)
     with ExitStack() as stack:
         walks: dict[str, Walk] = {}
         for (name, model), own in zip(models.items(), steps, strict=True):
@@ -234,7 +236,7 @@ def _walked(
 
     def done(index: int, outputs: Sequence[object]) -> None:
         if states is not None and kept is not None:
-            kept.save(states, index, outputs, spent())
+            kept.save(states, index, outputs, spent(), walk.rest)
 
     if wanted:
         stack.enter_context(walk)
@@ -278,6 +280,7 @@ def _score(
         if name == teacher:
             reference = Reference.of(logits_BLV)
         scores[name] = window_sums(logits_BLV, ids_BL, reference if name != teacher else None)
+        del logits_BLV  # not beside those of the next model
     return scores
 
 

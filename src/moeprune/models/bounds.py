@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from moeprune.models.expert_ranges import whole_only
 from moeprune.models.hidden import HiddenStates, refuse_memory
 from moeprune.models.native import text_config
 from moeprune.models.process import resident_memory
+from moeprune.models.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from moeprune.models.loading import LayeredModel
@@ -27,6 +28,8 @@ RESIDENT = -1
 """Key of the tensors outside the decoder layers: embeddings, final norm, head."""
 
 _STATES = 3  # a batch holds its embeddings, what went into a layer, and what came out
+_THREAD = 128 << 10  # of a parked batch: what its thread and the model's forward hold
+_IDS = 16  # bytes per token: its id, its key
 _SLACK = 128 << 20  # scratch memory and compiled kernels of matrix libraries
 _FIRST: list[int] = []  # the size of the process when it was looked at first
 
@@ -44,6 +47,7 @@ class Limits:
         folder: where hidden states go that have no room; None takes the system's.
         beside: bytes that whoever walks takes for himself while he does.
         later: bytes that hidden states leave free, for models that are walked beside this one.
+        compared: bytes per logit that whoever asks for them takes beside them.
         tell: gets a line on what was decided.
         profile: counts where time goes.
     """
@@ -52,6 +56,7 @@ class Limits:
     folder: Path | None = None
     beside: int = 0
     later: int = 0
+    compared: int = 0
     tell: Callable[[str], None] = _no_word
     profile: Profile = field(default_factory=Profile)
 
@@ -65,7 +70,7 @@ class Load:
         workers: batches that may compute at once.
         needs: accumulators that are collected.
         chunks: whether the experts of a layer may be loaded some at a time.
-        shared: whether batches hand their states to each other.
+        shared: whether batches hand their states to each other, as branches do.
         logits: whether they go on through the head.
         offset: batches that other processes have before these.
     """
@@ -78,9 +83,18 @@ class Load:
     logits: bool = True
     offset: int = 0
 
+    @property
+    def edits(self) -> bool:
+        """Whether new experts of a layer may stand beside the old ones."""
+        return self.shared or bool(self.needs and not self.chunks)
 
-def bounded(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | None]:
+
+def bounded(
+    model: LayeredModel, load: Load, ranks: Ranks = ALONE
+) -> tuple[Decision, HiddenStates | None]:
     """How to walk; without a budget everything in memory, the next layer read ahead.
+
+    All of ``ranks`` call it: if one of them loads experts some at a time, all do.
 
     Raises:
         BudgetError: the budget is too small.
@@ -97,15 +111,16 @@ def bounded(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | N
         )
     sizes = sizes_of(model, load)
     decision = decide(sizes, limits.memory, limits.later)
-    if decision.chunk < experts or (load.shared and decision.in_memory < len(load.tokens)):
-        decision = Decision(0, decision.prefetch, decision.workers, decision.chunk, decision.peak)
+    chunk = min(ranks.gather(decision.chunk))
+    if chunk < experts or (load.shared and decision.in_memory < len(load.tokens)):
+        decision = replace(decision, in_memory=0, chunk=chunk)
     limits.profile.starved |= not decision.prefetch
     limits.tell(describe(decision, sizes, limits.memory))
     if decision.in_memory == len(load.tokens):
         return decision, None
     filed = list(load.tokens)[decision.in_memory :]
-    width = _width(model) * (_STATES + (decision.chunk < experts) * (1 + _top_k(model)))
-    reserve = sum(rows * length * width for rows, length in filed)
+    slots = (decision.chunk < experts) * (1 + _top_k(model)) * _width(model)
+    reserve = sum(_between(model, *size) + size[0] * size[1] * slots for size in filed)
 
     def spent(seconds: float) -> None:  # copied while the other workers compute
         limits.profile.move(HIDDEN, "computing", seconds / decision.workers)
@@ -113,20 +128,24 @@ def bounded(model: LayeredModel, load: Load) -> tuple[Decision, HiddenStates | N
     return decision, HiddenStates(limits.folder, decision.in_memory, reserve, spent=spent)
 
 
-def share(models: Sequence[LayeredModel], load: Load) -> None:
+def share(models: Sequence[LayeredModel], load: Load, compared: int = 0) -> None:
     """Prepare models that are walked one after another and stay open to share one budget.
 
     Hidden states of the first leave room for what the next ones keep, and a budget that is too
-    small for one of them shows before the first walk.
+    small for one of them shows before the first walk. ``compared`` is as in ``Limits``.
 
     Raises:
         BudgetError: it is too small.
     """
-    outside = [outside_bytes(model) for model in models]
+    if all(model.limits.memory is None for model in models):
+        return
+    parked = len(load.tokens) * _parked(load)
+    outside = [outside_bytes(model) + parked for model in models]
     for number, model in enumerate(models):
         memory = model.limits.memory
         if memory is not None:
-            model.limits = replace(model.limits, later=sum(outside[number + 1 :]))
+            later = sum(outside[number + 1 :])
+            model.limits = replace(model.limits, later=later, compared=compared)
             sizes = sizes_of(model, load)
             # by then the file has all hidden states of those before it
             decide(replace(sizes, base=sizes.base + sum(outside[:number])), memory)
@@ -151,24 +170,43 @@ def sizes_of(model: LayeredModel, load: Load) -> Sizes:
         _nbytes(model.sites[index].experts.parameters()) if index in model.sites else 0
         for index in layers
     ]
-    tokens = max((rows * length for rows, length in load.tokens), default=0)
-    largest = max(load.tokens, key=lambda shape: shape[0] * shape[1], default=(0, 0))
+    largest = max(load.tokens, key=math.prod, default=(0, 0))
+    edited = max(inside, default=0) if load.edits else 0
     return Sizes(
-        base=_process() + model.limits.beside,
+        # branches compute while the layer is there as it was and as it is edited
+        base=_process() + model.limits.beside + load.shared * edited,
         resident=0 if model.is_resident else stored[RESIDENT][0],
         layer=max(whole, default=0),
         rest=max((a - b for a, b in zip(whole, inside, strict=True)), default=0),
-        source=max((stored[index][1] + model.beside(index) for index in layers), default=0),
+        source=max((edited, *(stored[index][1] + model.beside(index) for index in layers))),
         experts=max((site.shape.experts for site in model.sites.values()), default=1),
         batches=len(load.tokens),
-        hidden=_STATES * tokens * _width(model),
+        hidden=max((_between(model, *size) for size in load.tokens), default=0),
         work=_work(model, load, *largest),
-        logits=_logits(model, tokens) if load.logits else 0,
-        statistics=_statistics(model, load.needs),
+        logits=_logits(model, math.prod(largest)) if load.logits else 0,
+        statistics=statistics_bytes(model, load.needs),
         workers=load.workers,
         chunks=load.chunks and whole_only(model) is None,
         offset=load.offset,
+        parked=_parked(load),
     )
+
+
+def _parked(load: Load) -> int:
+    return _THREAD + _IDS * max(map(math.prod, load.tokens), default=0)
+
+
+def _between(model: LayeredModel, rows: int, length: int) -> int:
+    """What a batch holds between layers: states, cosines and sines of positions, masks."""
+    config, size = text_config(model.config), model.dtype.itemsize
+    kinds = len({*(getattr(config, "layer_types", None) or ("",))})
+    turned = max(_head(config), int(getattr(config, "qk_rope_head_dim", 0) or 0))
+    found = rows * length * (_STATES * _width(model) + 2 * kinds * turned * size)
+    if getattr(config, "_attn_implementation", "") == "eager":
+        return found + kinds * rows * length * length * size
+    windows = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
+    masked = any(isinstance(window, int) and window < length for window in windows)
+    return found + masked * rows * length * length
 
 
 def _stored(model: LayeredModel) -> dict[int, tuple[int, int]]:
@@ -207,11 +245,15 @@ def _nbytes(parameters: Any) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _width(model: LayeredModel) -> int:
-    """Bytes of one token's hidden state; some models carry several streams side by side."""
+def stream_width(model: LayeredModel) -> int:
+    """Channels of one token's hidden state; some models carry several streams side by side."""
     config = text_config(model.config)
-    streams = getattr(config, "hc_mult", None) or 1
-    return int(config.hidden_size) * model.dtype.itemsize * int(streams)
+    return int(config.hidden_size) * int(getattr(config, "hc_mult", None) or 1)
+
+
+def _width(model: LayeredModel) -> int:
+    """Bytes of one token's hidden state."""
+    return stream_width(model) * model.dtype.itemsize
 
 
 def _top_k(model: LayeredModel) -> int:
@@ -227,8 +269,7 @@ def _work(model: LayeredModel, load: Load, rows: int, length: int) -> int:
     config, size = text_config(model.config), model.dtype.itemsize
     T, hidden = rows * length, int(config.hidden_size)
     heads = int(getattr(config, "num_attention_heads", 1) or 1)
-    head = int(getattr(config, "head_dim", 0) or hidden // heads)
-    attention = T * (6 * heads * head * size + 4 * hidden * 4)
+    attention = T * (6 * heads * _head(config) * size + 4 * hidden * 4)
     if getattr(config, "_attn_implementation", "") == "eager":
         attention += rows * heads * length * length * (4 + size)
     dense = T * 3 * size * int(getattr(config, "intermediate_size", 0) or 0)
@@ -238,6 +279,11 @@ def _work(model: LayeredModel, load: Load, rows: int, length: int) -> int:
         if not (load.needs and load.chunks):
             experts = max(experts, _own_bytes(site, size))
     return max(attention, dense, T * experts) + T * 2 * hidden * size
+
+
+def _head(config: Any) -> int:
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    return int(getattr(config, "head_dim", 0) or int(config.hidden_size) // heads)
 
 
 def _observed_bytes(site: MoESite, size: int) -> int:
@@ -275,10 +321,11 @@ def _gate(site: MoESite) -> int:
 
 def _logits(model: LayeredModel, tokens: int) -> int:
     """Logits of a batch, and what is made of them."""
-    return tokens * int(text_config(model.config).vocab_size) * (2 * model.dtype.itemsize)
+    each = 2 * model.dtype.itemsize + model.limits.compared
+    return tokens * int(text_config(model.config).vocab_size) * each
 
 
-def _statistics(model: LayeredModel, needs: Sequence[str]) -> int:
+def statistics_bytes(model: LayeredModel, needs: Iterable[str]) -> int:
     """One set of sums of the largest layer."""
     return max((statistics_bytes(site.shape, needs) for site in model.sites.values()), default=0)
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import zlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -190,7 +191,7 @@ def tokenise(
     """
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
-    ids: list[int] = []
+    ids = array("q")  # of long text a list would take four times as much
     ends: list[int] = []
     size = 0
     read = file.documents if isinstance(file, Dataset) else partial(read_documents, file)
@@ -199,7 +200,7 @@ def tokenise(
             break
         new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         # a chat template may have begun with it
-        ids += ([] if start is None or new[:1] == [start] else [start]) + new
+        ids.extend(([] if start is None or new[:1] == [start] else [start]) + new)
         ends.append(len(ids))
         size += len(text.encode())
     if len(ids) < length:
@@ -209,7 +210,7 @@ def tokenise(
             f"give more text, or a smaller --length (at most {len(ids)})" if size else "give text",
         )
     count = min(len(ids) // length, most or len(ids))
-    table = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    table = torch.frombuffer(ids, dtype=torch.int64, count=count * length).view(count, length)
     middle_N = torch.arange(count) * length + length // 2
     document_N = torch.searchsorted(torch.tensor(ends), middle_N, right=True)
     one = len(ends) < 2

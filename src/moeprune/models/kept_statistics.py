@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,10 +54,10 @@ class KeptStatistics:
         self._entries[name] = entry
         return True
 
-    def load(self, shape: LayerShape) -> LayerStatistics:
+    def load(self, shape: LayerShape, device: torch.device) -> LayerStatistics:
         """The statistics of a layer that is there."""
         entry = self._entries[f"layer-{shape.layer:05d}.safetensors"]
-        tensors = load_file(self._folder.path / self._place / entry["file"])
+        tensors = load_file(self._folder.path / self._place / entry["file"], str(device))
         return LayerStatistics.from_tensors(shape, entry["tokens"], tensors)
 
     def _entry_of(self, name: str) -> str:

@@ -36,6 +36,9 @@ class Enough(Exception):
 
 T = TypeVar("T")
 
+_HELD = ("attention_mask", "position_embeddings")
+"""What the model's forward makes for a batch and hands to every layer; it holds it to its end."""
+
 
 class Job(threading.Thread):
     """One batch on its way through the model."""
@@ -188,7 +191,7 @@ class Lockstep:
             if job.passed < self._passing:
                 job.passed += 1
                 return self._pass_on(job.index, entered)
-            job.hold(kwargs.get("attention_mask"))
+            job.hold([kwargs.get(name) for name in _HELD])
             return job.stop_at(lambda: forward(*args, **kwargs), entered)
 
         return gated
@@ -250,27 +253,23 @@ class Lockstep:
     def _each(
         self, start: Callable[[Job], None], finished: Callable[[Job], None] = lambda job: None
     ) -> None:
-        """Start every job, ``workers`` at a time; report those done in order of batches."""
-        waiting, ready, next_index = iter(self.jobs), set(), 0
-        running = 0
-        for job in waiting:
-            start(job)
-            running += 1
-            if running == self.workers:
-                break
-        while running:
+        """Start every job and report those done in order of batches.
+
+        At most ``workers`` have started and are not yet reported: an output may be large.
+        """
+        ready: set[int] = set()
+        begun = told = 0
+        while told < len(self.jobs):
+            for job in self.jobs[begun : told + self.workers]:
+                start(job)
+            begun = told + self.workers
             job = self._done.get()
-            running -= 1
             if job.error is not None:
                 raise job.error
             ready.add(job.index)
-            following = next(waiting, None)
-            if following is not None:
-                start(following)
-                running += 1
-            while next_index in ready:
-                finished(self.jobs[next_index])
-                next_index += 1
+            while told in ready:
+                finished(self.jobs[told])
+                told += 1
 
     def close(self) -> None:
         """End all threads and give the layers their own forward back."""

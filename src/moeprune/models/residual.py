@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from moeprune.core.accumulators import SAMPLE_SIZE
-from moeprune.core.residual import Residual
+from moeprune.core.residual import Residual, angles
 from moeprune.errors import UnsupportedModelError
+from moeprune.models.bounds import stream_width
+from moeprune.models.loading import LayeredModel
 from moeprune.models.walk import Batch
+
+_AT_ONCE = 16  # tokens whose angles are computed together: in float64 they take five times as much
 
 
 class ResidualTap:
@@ -47,6 +51,11 @@ class ResidualTap:
         self._key_Q, self._place_Q = _smallest(last_keys, last_places)
         self.points: list[tuple[Tensor, Tensor]] = []
 
+    def nbytes(self, model: LayeredModel) -> int:
+        """Bytes of its points at the end of a walk through ``model``."""
+        rows = len(self._key_S) + len(self._key_Q)
+        return rows * (len(model.layers) + 1) * stream_width(model) * 4
+
     def note(self, states: Sequence[object]) -> None:
         """The stream at the next point; one tensor [B, L, ...] or [B * L, ...] per batch."""
         flat = [self._flat(state, size) for state, size in zip(states, self._sizes, strict=True)]
@@ -63,8 +72,12 @@ class ResidualTap:
 
     def result(self) -> Residual:
         """The angles."""
-        x_DSC, x_DQC = (torch.stack(points) for points in zip(*self.points, strict=True))
-        return Residual.of(self._key_S, x_DSC, self._key_Q, x_DQC)
+        return Residual(self._key_S, self._angles(0), self._key_Q, self._angles(1))
+
+    def _angles(self, which: int) -> Tensor:
+        """Of all sampled tokens (0) or of last ones (1), [tokens, D, D]."""
+        parts = zip(*(rows[which].split(_AT_ONCE) for rows in self.points), strict=True)
+        return torch.cat([angles(torch.stack(part_DSC)) for part_DSC in parts])
 
 
 def _smallest(keys: list[Tensor], places: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, TypeVar, cast
 
@@ -128,10 +128,9 @@ class Walk:
         self._time = self.model.limits.profile
         workers = self.workers or default_workers(self.model.device)
         tokens = [batch.size for batch in self.batches]
-        how = (self.needs, self.chunks, self.shared, not self.needs, self.offset)
-        load = Load(tokens, workers, *how)
-        self.way, self._hidden = bounded(self.model, load)
-        self.way = replace(self.way, chunk=min(self.ranks.gather(self.way.chunk)))
+        logits = self.shared or not self.needs
+        load = Load(tokens, workers, self.needs, self.chunks, self.shared, logits, self.offset)
+        self.way, self._hidden = bounded(self.model, load, self.ranks)
         if self._hidden is not None:
             self._stack.callback(self._hidden.close)
         self.model.load_resident()
@@ -183,6 +182,11 @@ class Walk:
             done(index, [job.output for job in self._lockstep.jobs])
             if self._hidden is not None:
                 self._hidden.rest_all()
+
+    def rest(self, batch: int) -> None:
+        """Let pages of a batch's states that are in a file leave the process."""
+        if self._hidden is not None:
+            self._hidden.rest(batch)
 
     def standing(self) -> Generator[int, None, None]:
         """Every decoder layer in turn: its weights are in memory and all batches stand before it.
@@ -304,10 +308,8 @@ class Walk:
         self.progress(self._steps, len(self.batches) * len(self.model.layers))
 
     def _observe(self, site: MoESite, needs: Sequence[str]) -> LayerStatistics:
-        total = self._collect(
-            site, lambda: LayerStatistics.empty(site.shape, needs, self.model.device), self._step
-        )
-        return total
+        empty = partial(LayerStatistics.empty, site.shape, needs, self.model.device)
+        return self._collect(site, empty, self._step)
 
     def observe_parts(
         self, site: MoESite, needs: Sequence[str], limit: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -192,10 +192,17 @@ class WalkStates:
                 found.append(int(match[1]))
         return sorted(found)
 
-    def save(self, layer: int, outputs: Sequence[object], always: bool = False) -> None:
+    def save(
+        self,
+        layer: int,
+        outputs: Sequence[object],
+        always: bool = False,
+        written: Callable[[int], None] = lambda batch: None,
+    ) -> None:
         """Keep what a layer made of all batches, if it is time or has to be.
 
-        A disk that is full ends the keeping, not the walk: there is a note.
+        A disk that is full ends the keeping, not the walk: there is a note. ``written`` is told
+        each batch that has been.
         """
         if refusal(self.model) or not (always or self.ranks.broadcast(self._pace.due())):
             return
@@ -204,7 +211,7 @@ class WalkStates:
         began = self._pace.now()
         try:
             with self.folder.new_file(self._file(layer)) as part:
-                write_file(part, list(_pieces(outputs)))
+                write_file(part, list(_pieces(outputs, written)))
         except (OSError, MoepruneError) as error:
             self._ended = True
             self.folder.note(
@@ -225,13 +232,22 @@ class WalkStates:
         return f"{self.name}/layer-{layer:05d}.safetensors"
 
 
-def _pieces(outputs: Sequence[object]) -> Iterator[Piece]:
+def _pieces(outputs: Sequence[object], written: Callable[[int], None]) -> Iterator[Piece]:
     for index, output in enumerate(outputs):
         if isinstance(output, Tensor):
-            yield given(str(index), output)
+            yield _telling(given(str(index), output), index, written)
             continue
         if not isinstance(output, tuple) or not isinstance(output[0], Tensor):
             raise UnsupportedModelError("its decoder layers do not hand on tensors")
         for place, part in enumerate(output):
             if part is not None:
-                yield given(f"{index}:{place}/{len(output)}", part)
+                piece = given(f"{index}:{place}/{len(output)}", part)
+                yield _telling(piece, index, written)
+
+
+def _telling(piece: Piece, batch: int, written: Callable[[int], None]) -> Piece:
+    def blocks() -> Iterator[bytes | memoryview]:
+        yield from piece.blocks()
+        written(batch)
+
+    return replace(piece, blocks=blocks)

@@ -103,11 +103,14 @@ class LayerAuditor:
         self._parts: dict[int, LayerStatistics] = {}
         self.found: dict[int, LayerFinding] = {}
 
+    @property
+    def kept(self) -> set[str]:
+        """Accumulators of the parts of the text that choices are made from."""
+        return {Routing.name, Outputs.name, *self._method.needs} - {TokenSample.name}
+
     def part(self, site: MoESite, index: int, statistics: LayerStatistics) -> None:
         """Keep the sums of one batch, as far as choices are made from them."""
-        kept = {Routing.name, Outputs.name, *self._method.needs}
-        kept.discard(TokenSample.name)
-        parts = {name: part for name, part in statistics.parts.items() if name in kept}
+        parts = {name: part for name, part in statistics.parts.items() if name in self.kept}
         small = LayerStatistics(statistics.shape, statistics.tokens, parts)
         number = self._part_of[index]
         if number in self._parts:

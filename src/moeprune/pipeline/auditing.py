@@ -22,6 +22,7 @@ from moeprune.evaluation.damage import measure
 from moeprune.evaluation.perplexity import window_rows
 from moeprune.models import data
 from moeprune.models.abilities import abilities
+from moeprune.models.bounds import statistics_bytes
 from moeprune.models.branches import BranchedWalk
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.layout import expert_layout, refuse
@@ -30,7 +31,7 @@ from moeprune.models.native import text_config
 from moeprune.models.store import StatisticsStore, same_model, versions
 from moeprune.models.walk import Batch
 from moeprune.pipeline.audit_findings import judged
-from moeprune.pipeline.audit_layers import LayerAuditor
+from moeprune.pipeline.audit_layers import RESAMPLES, LayerAuditor
 from moeprune.pipeline.audit_result import Cells, result_of
 from moeprune.pipeline.inputs import (
     Compute,
@@ -114,11 +115,15 @@ def audit(
         text.seed,
         None if store is None else store.layer,
     )
+    # of every part of the text, and of every sample of them
+    sets = len({*part_of}) + RESAMPLES if part_of else 0
+    model.limits = replace(model.limits, beside=sets * statistics_bytes(model, auditor.kept))
     walk = BranchedWalk(
         model,
         batches,
         compute.workers,
         lambda done, total: progress("walking", done, total),
+        needs=LIGHT if batches else (),
         held=_held_batches(model, held),
         branches=cells.branches,
         decide=auditor.decide,

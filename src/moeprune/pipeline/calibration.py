@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def calibrate(
             kept, states = KeptStatistics(folder), WalkStates(folder, model, ranks=ranks)
             batches, _ = own_batches(domains, text.seed, ranks)
             tap = ResidualTap(batches) if NAME in collect else None
+            if tap is not None:
+                model.limits = replace(model.limits, beside=tap.nbytes(model))
             _resume(kept, tap, states)
             if not states.finished:
                 _walk(model, domains, compute, needs, progress, text.seed, kept, tap, states)
@@ -189,7 +192,7 @@ def observe(
     def finished(index: int, outputs: Sequence[object]) -> None:
         done(index)
         if states is not None and index + 1 < len(model.layers):
-            states.save(index, outputs)
+            states.save(index, outputs, written=walk.rest)
 
     ranks, start = compute.ranks, None if states is None else states.start
     batches, offset = own_batches(domains, seed, ranks)

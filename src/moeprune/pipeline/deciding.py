@@ -11,6 +11,7 @@ from typing import Any
 from moeprune.core.budget import Budget, next_multiple
 from moeprune.core.method import Context, Method
 from moeprune.core.plan import LayerPlan
+from moeprune.core.shapes import LayerShape
 from moeprune.core.statistics import LayerStatistics
 from moeprune.errors import MoepruneError
 from moeprune.models import data
@@ -27,6 +28,10 @@ from moeprune.pipeline.kept_plan import KeptLayers
 from moeprune.pipeline.spreading import check_agreement, plan_together
 from moeprune.pipeline.views import Views
 from moeprune.work import WorkFolder
+
+
+def _nothing(shape: LayerShape) -> None:
+    """What is known of the unedited model by a method that does not compare."""
 
 
 @dataclass
@@ -105,7 +110,7 @@ class Decider:
         kept = KeptLayers(self.folder, model, context.budget)
         states, layers, said = kept.resume()
         walks: list[Walk] = []
-        dense: Mapping[int, LayerStatistics] = {}
+        dense: Callable[[LayerShape], LayerStatistics | None] = _nothing
 
         def visit(site: MoESite, statistics: LayerStatistics) -> bool:
             block = LoadedBlock(model, site)  # the walk has the layer in memory
@@ -113,7 +118,7 @@ class Decider:
                 self.views.view(site, statistics),
                 block=lambda: block,
                 again=lambda needs, limit: walks[0].observe_parts(site, needs, limit),
-                dense=dense.get(site.shape.layer),
+                dense=dense(site.shape),
             )
             warnings: list[str] = []
             layer = method.plan_layer(view, replace(context, warn=warnings.append))
@@ -138,8 +143,11 @@ class Decider:
         self.facts = {"data": described, "dtype": str(model.dtype).removeprefix("torch.")}
         return layers
 
-    def _unedited(self) -> Mapping[int, LayerStatistics]:
-        """What a sequential method wants to know of the model as it was."""
+    def _unedited(self) -> Callable[[LayerShape], LayerStatistics]:
+        """What a sequential method wants to know of the model as it was.
+
+        All layers of it are in memory only where there is no folder for them.
+        """
         model, found = self.model, dict[int, LayerStatistics]()
         kept = states = None
         if self.folder is not None:
@@ -149,8 +157,9 @@ class Decider:
             states.resume(lambda i: i not in model.sites or has(i), "the walk before planning")
 
         def visit(site: MoESite, statistics: LayerStatistics) -> bool:
-            found[site.shape.layer] = statistics
-            if kept is not None:
+            if kept is None:
+                found[site.shape.layer] = statistics
+            else:
                 kept.save(statistics)
             return False
 
@@ -159,12 +168,13 @@ class Decider:
                 model, self.domains, self.compute, self.method.compares, visit, self.progress,
                 states=states,
             )  # fmt: skip
-        for index, site in model.sites.items():
-            if kept is not None and index not in found:
-                found[index] = kept.load(site.shape)
         if states is not None:
             states.clear()
-        return found
+
+        def load(shape: LayerShape) -> LayerStatistics:
+            return found[shape.layer] if kept is None else kept.load(shape, model.device)
+
+        return load
 
     def _equalised(self, layers: dict[int, LayerPlan], context: Context) -> dict[int, LayerPlan]:
         """``layers``, or if they keep different numbers of experts, those of their mean."""

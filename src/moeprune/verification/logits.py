@@ -11,14 +11,14 @@ from torch import Tensor
 
 from moeprune.core.layer_plan import LayerPlan
 from moeprune.errors import DataError, MoepruneError
-from moeprune.models.bounds import Limits
+from moeprune.models.bounds import Limits, Load, share
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.data import demo_text, load_tokenizer, token_keys, tokenise
 from moeprune.models.depth import pass_through
 from moeprune.models.loading import LayeredModel
 from moeprune.models.native import text_config
 from moeprune.models.restrict import AlignedModel, PlannedModel, RestrictedModel, Restriction
-from moeprune.models.walk import Batch, Walk
+from moeprune.models.walk import Batch, Walk, default_workers
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference of a logit, as a fraction of the largest logit, by the type computed in.
@@ -72,6 +72,7 @@ def compare_logits(
     steps = len(first.layers)
     for index in skipped:
         pass_through(first.layers[index])
+    share([first, second], Load([batch.size], default_workers(first.device)))
     outputs = []
     for number, model in enumerate((first, second)):
 

@@ -27,6 +27,7 @@ from moeprune.recovery.writing import Places
 
 _CHUNK = 4096
 _ADDS = 1e-3
+_GROUPED = 6
 
 Tell = Callable[[int, int, float | None, float | None], None]
 """Called with the layer, the steps that are done in it, the loss and the held-out error."""
@@ -119,8 +120,9 @@ class Healer:
     def _limit(self, kind: torch.dtype) -> None:
         """Tell the walks what is held beside them.
 
-        Rows of a block, its layer in training (weights, gradients, two moments and the best so
-        far), the teacher's layer and, where both models walk, what the teacher's walk holds.
+        Rows of a block and of its router, its layer in training (weights, gradients, two moments
+        and the best so far), the teacher's layer and, where both models walk, what the teacher's
+        walk holds.
         """
         if self._limits.memory is None:
             return
@@ -130,8 +132,10 @@ class Healer:
             for site in model.sites.values()
         ]
         width = max(site.shape.hidden for site in self.teacher.sites.values())
-        rows = self._tap.rows * 3 * width * kind.itemsize
-        beside = 6 * max(sizes) + rows
+        row = 3 * width * kind.itemsize
+        if self.groups is not None:  # the teacher's logits, and what ``grouped`` makes of them
+            row += _GROUPED * 4 * max(site.shape.experts for site in self.teacher.sites.values())
+        beside = 6 * max(sizes) + self._tap.rows * row
         self.teacher.limits = replace(self._limits, beside=beside)
         if self.made.target == "dense-outputs":
             beside += outside_bytes(self.teacher) + 3 * max(sizes)
