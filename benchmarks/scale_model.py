@@ -13,7 +13,7 @@ from functools import cache
 import published
 
 from moeprune.core.accumulators import LIGHT
-from moeprune.models.bounds import statistics_bytes
+from moeprune.models.bounds import sums_bytes
 from moeprune.models.data import TOKENS_PER_BATCH
 from moeprune.models.loading import find_layers
 
@@ -117,7 +117,7 @@ def shapes_from(name: str, config: dict[str, object], fp8: bool = False) -> Shap
         heads=text.num_attention_heads * both // 2,
         bytes=nbytes,
         width=1 if fp8 else 2,
-        statistics=sum(statistics_bytes(s.shape, LIGHT) for s in found.values()),
+        statistics=sum(sums_bytes(s.shape, LIGHT) for s in found.values()),
     )
 
 

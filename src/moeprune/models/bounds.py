@@ -327,10 +327,10 @@ def _logits(model: LayeredModel, tokens: int) -> int:
 
 def statistics_bytes(model: LayeredModel, needs: Iterable[str]) -> int:
     """One set of sums of the largest layer."""
-    return max((statistics_bytes(site.shape, needs) for site in model.sites.values()), default=0)
+    return max((sums_bytes(site.shape, needs) for site in model.sites.values()), default=0)
 
 
-def statistics_bytes(shape: LayerShape, needs: Sequence[str]) -> int:
+def sums_bytes(shape: LayerShape, needs: Sequence[str]) -> int:
     """One set of sums of a layer."""
     parts = LayerStatistics.empty(shape, needs, "meta").parts.values()
     own = sum(t.nbytes for part in parts for _, t in part.tensors())
