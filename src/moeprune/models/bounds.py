@@ -330,7 +330,7 @@ def statistics_bytes(model: LayeredModel, needs: Iterable[str]) -> int:
     return max((sums_bytes(site.shape, needs) for site in model.sites.values()), default=0)
 
 
-def sums_bytes(shape: LayerShape, needs: Sequence[str]) -> int:
+def sums_bytes(shape: LayerShape, needs: Iterable[str]) -> int:
     """One set of sums of a layer."""
     parts = LayerStatistics.empty(shape, needs, "meta").parts.values()
     own = sum(t.nbytes for part in parts for _, t in part.tensors())
