@@ -16,6 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# has the group of all as a default: imported while there is one (by transformers, later), it would
+# hold it, and its threads, to the end of the interpreter, which they can abort (exit code -6)
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
