@@ -191,3 +191,9 @@ def test_killed_processes_are_replaced(tmp_path: Path, monkeypatch: pytest.Monke
     assert "ended by force" in failed[0]["reason"]
     again = compare("demo", tmp_path / "run", grid, fan=Fan(2), **given)
     assert {row["status"] for row in again["cells"].values()} == {"done"}
+
+    def none(lane: Any) -> None:
+        raise AssertionError("nothing is left to do")
+
+    monkeypatch.setattr(lanes._Process, "_begin", none)
+    assert compare("demo", tmp_path / "run", grid, fan=Fan(2), **given)["cells"] == again["cells"]

@@ -7,19 +7,23 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 from torch.multiprocessing.spawn import start_processes
 
 from moeprune import Budget, Compute, Text, calibrate, evaluate, plan, write_plan
 from moeprune.core.method import make_method
 from moeprune.errors import MoepruneError
-from moeprune.models import data
+from moeprune.models import data, walk_state
+from moeprune.models.joining import _connect
 from moeprune.models.ranks import Ranks, joined
 from running import page
 
@@ -79,9 +83,7 @@ def too_many(page: Path) -> str:
 def process(rank: int, size: int, port: int, folder: Path, page: Path, methods: Any) -> None:
     """One of the processes."""
     data.TOKENS_PER_BATCH = BATCH
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ |= {name: str(value) for name, value in told.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    enter(rank, size, port)
     os.chdir(folder)
     with joined() as ranks:
         said = [torch.get_num_threads(), ranks.gather(ranks.rank), ranks.broadcast(rank)]
@@ -90,16 +92,61 @@ def process(rank: int, size: int, port: int, folder: Path, page: Path, methods: 
     (folder / f"said-{rank}.json").write_text(json.dumps(said))
 
 
+def planned(
+    out: Path, page: Path, ranks: Ranks, name: str, options: dict[str, str], *told: Any
+) -> None:
+    """A plan, in ``out``."""
+    progress, note = told or (lambda *step: None, print)
+    plan(
+        "demo", make_method(name, options), Budget(ratio=0.5), None, Text((str(page),), 22, 64),
+        compute=Compute(dtype="float32", workers=1, ranks=ranks),
+        progress=progress, out=out / f"{name}.json", note=note,
+    )  # fmt: skip
+
+
+def planning(rank: int, size: int, port: int, folder: Path, page: Path, methods: Any) -> None:
+    """Plans of one of the processes; the first time the last one is interrupted in each."""
+    data.TOKENS_PER_BATCH = BATCH
+    walk_state._SHARE = 1e9  # everything is kept at once
+    enter(rank, size, port)
+    again = (folder / "stopped").exists()
+    said: dict[str, list[str]] = {name: [] for name in methods}
+
+    def stop(what: str, done: int, total: int) -> None:
+        if not again and rank == size - 1 and what in ("planning", "walking") and 2 * done > total:
+            raise KeyboardInterrupt
+
+    for number, (name, options) in enumerate(methods.items()):
+        os.environ["MASTER_PORT"] = str(port + number)
+        with suppress(KeyboardInterrupt), joined() as ranks:
+            try:
+                planned(folder / "out", page, ranks, name, options, stop, said[name].append)
+            except MoepruneError as error:
+                said[name].append(error.problem)
+    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+
+
+def enter(rank: int, size: int, port: int) -> None:
+    """What a launcher says to a process."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in told.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 def launch(
-    size: int, folder: Path, page: Path, methods: dict[str, dict[str, str]]
-) -> list[list[Any]]:
+    size: int,
+    folder: Path,
+    page: Path,
+    methods: dict[str, dict[str, str]],
+    one: Callable[..., None] = process,
+) -> list[Any]:
     """Run so many processes; what each saw."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # what takes longest is imported once for all of them
     set_forkserver_preload([calibrate.__module__, evaluate.__module__, plan.__module__])
-    start_processes(process, (size, port, folder, page, methods), size, start_method="forkserver")
+    start_processes(one, (size, port, folder, page, methods), size, start_method="forkserver")
     return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -157,3 +204,39 @@ def test_more_processes_and_methods_make_the_bytes_of_one(
     size: int, alone: Alone, english: Path, tmp_path: Path
 ) -> None:
     check(size, tmp_path / "more", english, alone(METHODS), METHODS)
+
+
+@pytest.mark.slow
+def test_plans_of_two_processes_go_on(
+    english: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is interrupted; what each had decided and walked is not done again."""
+    monkeypatch.setattr(data, "TOKENS_PER_BATCH", BATCH)
+    methods = {name: METHODS.get(name, {}) for name in ("moeits", "moe-pruner", "sparsegpt")}
+    for name, options in methods.items():
+        planned(tmp_path / "one", english, Ranks(), name, options)
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for said in launch(2, folder, english, methods, planning):
+        for name in methods:
+            assert [text for text in said[name] if "what is done is kept in" in text], said
+    kept = {file.name for file in (folder / "out").iterdir()}
+    assert kept >= {f"{name}.json.{end}" for name in methods for end in ("plan", "rank-00001.plan")}
+    (folder / "stopped").touch()
+    for said in launch(2, folder, english, methods, planning):
+        assert "layers were planned before" in said["moeits"][0]
+        for name in ("moe-pruner", "sparsegpt"):
+            assert "going on after" in said[name][0]
+    assert digests(folder / "out") == digests(tmp_path / "one")
+
+
+def test_who_does_not_appear_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher has a place to meet, and one of its processes never comes there."""
+    place = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {"ADDR": "127.0.0.1", "PORT": str(place.port)}
+    for name, value in told.items():
+        monkeypatch.setenv(f"MASTER_{name}", value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(MoepruneError, match=r"1 of 2 processes did not appear within .*: 1\n"):
+        _connect(Ranks(0, 2, 0, 2), "gloo", timedelta(seconds=0.3))
+    assert not distributed.is_initialized()

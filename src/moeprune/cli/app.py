@@ -104,6 +104,11 @@ def main() -> None:
     try:
         with _terminable() as came, together.session():
             code = app(prog_name="moeprune", standalone_mode=False)
+            if code == _INTERRUPTED:
+                raise KeyboardInterrupt  # other processes are not told that this one is done
+    except KeyboardInterrupt:
+        output.note("interrupted; what was not finished was not kept")
+        sys.exit(_TERMINATED if came else _INTERRUPTED)
     except _UsageError as error:
         if problem := error.format_message():  # empty: no command was given, and help was shown
             context = error.ctx
@@ -116,7 +121,4 @@ def main() -> None:
         culprit = "" if error.filename is None else f": {error.filename}"
         output.error(f"{error.strerror or error}{culprit}")
         sys.exit(2)
-    if code == _INTERRUPTED:
-        output.note("interrupted; what was not finished was not kept")
-        code = _TERMINATED if came else code
     sys.exit(code or 0)

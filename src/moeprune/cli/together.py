@@ -40,7 +40,7 @@ def begin(command: str | None) -> None:
     """
     if os.environ.get("WORLD_SIZE", "1") == "1" or command is None or command in _OWN:
         return
-    if os.environ.get("RANK") != "0":
+    if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
         output.ERR.quiet = True
     if command not in SHARED:

@@ -16,23 +16,28 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# has the group of all as a default: imported while there is one (by transformers, later), it would
+# hold it, and its threads, to the end of the interpreter, which they can abort (exit code -6)
+import torch.distributed.nn.functional
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from moeprune.core.folding import Fold, Piece
 from moeprune.core.statistics import LayerStatistics
-from moeprune.errors import MoepruneError
+from moeprune.errors import MoepruneError, OutputError
 from moeprune.models.ranks import Ranks
 from moeprune.models.threads import share_cores
 
+_Failure = tuple[type[MoepruneError], str, str]
+"""Kind, problem and hint."""
 T = TypeVar("T")
 S = TypeVar("S", bound=LayerStatistics)
 
 _LONGEST = timedelta(hours=12)
 """Longer than a layer of the slowest process; one that has ended is not waited for."""
-
-
-class OthersFailedError(MoepruneError):
-    """Another process failed; the message is its own."""
+_CONTACT = timedelta(minutes=15)
+"""For all to appear; as long as torchrun lets its launchers look for each other, and more."""
 
 
 @dataclass
@@ -100,7 +105,7 @@ class Joined(Ranks):
                 with self._talking():
                     move(tensor)
 
-    def _round(self, what: str, value: Any, failure: tuple[str, str] | None = None) -> list[Any]:
+    def _round(self, what: str, value: Any, failure: _Failure | None = None) -> list[Any]:
         """Tell the others that all is well, or what failed, and hear the same from them."""
         told: list[Any] = [None] * self.size
         with self._talking():
@@ -108,9 +113,9 @@ class Joined(Ranks):
         failures = {rank: said[2] for rank, said in enumerate(told) if said[2] is not None}
         if failures:
             self.state.broken = True
-            rank, (problem, hint) = next(iter(failures.items()))
+            rank, (kind, problem, hint) = next(iter(failures.items()))
             same = len(failures) == self.size
-            raise OthersFailedError(problem if same else f"process {rank}: {problem}", hint)
+            raise kind(problem if same else f"process {rank}: {problem}", hint)
         if len({said[0] for said in told}) > 1:
             self.state.broken = True
             raise RuntimeError(f"processes are at different points: {[said[0] for said in told]}")
@@ -145,12 +150,15 @@ class Joined(Ranks):
         if error is None:
             self._round("end", None)
             return
+        kind = MoepruneError
         if isinstance(error, MoepruneError):
-            said = (error.problem, error.hint)
+            said = error.problem, error.hint
+            if not isinstance(error, OutputError):  # that is of files that are its own
+                kind = type(error)
         else:
-            said = (f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "")
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", ""
         with suppress(MoepruneError):
-            self._round("failed", None, said)
+            self._round("failed", None, (kind, *said))
 
 
 @dataclass(frozen=True)
@@ -190,6 +198,40 @@ def _tensors(part: LayerStatistics) -> list[tuple[str, str, Tensor]]:
     return found
 
 
+def _connect(me: Ranks, backend: str, wait: timedelta = _CONTACT) -> None:
+    """Open the connections, once all have appeared.
+
+    Raises:
+        MoepruneError: they have not after ``wait``; the message says who is missing.
+    """
+    minutes = f"{wait.total_seconds() / 60:.3g} minutes"
+    missing: list[int] = []
+    try:
+        store, _, _ = next(rendezvous("env://", me.rank, me.size, timeout=wait))
+        here = [f"moeprune/{rank}" for rank in range(me.size)]
+        store.set(here[me.rank], "here")
+        try:
+            store.wait(here, wait)
+        except RuntimeError:
+            missing = [rank for rank, key in enumerate(here) if not store.check([key])]
+            if not missing:
+                raise
+        else:
+            store.set_timeout(_LONGEST)
+            dist.init_process_group(
+                backend, store=store, rank=me.rank, world_size=me.size, timeout=_LONGEST
+            )
+            return
+    except (RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise MoepruneError(f"the other processes cannot be reached: {why}") from error
+    raise MoepruneError(
+        f"{len(missing)} of {me.size} processes did not appear within {minutes}: "
+        f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}",
+        "look at what the launcher says of them, and start all of them again",
+    )
+
+
 @contextmanager
 def world(me: Ranks) -> Iterator[Joined]:
     """The processes that were launched with this one, connected."""
@@ -199,11 +241,7 @@ def world(me: Ranks) -> Iterator[Joined]:
     if cuda and me.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(me.local_rank)
     if ours:
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_LONGEST)
-        except (RuntimeError, ValueError) as error:
-            why = " ".join(str(error).split())[:300]
-            raise MoepruneError(f"the other processes cannot be reached: {why}") from error
+        _connect(me, "cpu:gloo,cuda:nccl" if cuda else "gloo")
     ranks = Joined(**asdict(me))
     try:
         try:

@@ -77,37 +77,14 @@ class Decider:
         context = replace(self.context, budget=budget, warn=warn)
         if self.method.sequential:
             return self._sequentially(context)
-        if self.folder is None or self.method.competes:
-            layers = plan_together(self.method, self.views, context, self.compute.ranks)
-        else:
-            layers = self._one_by_one(context)
+        ranks = self.compute.ranks
+        kept = KeptLayers(self.folder, self.model, budget, ranks)
+        layers = plan_together(self.method, self.views, context, ranks, kept)
         return self._equalised(layers, context) if self.uniform else layers
-
-    def _one_by_one(self, context: Context) -> dict[int, LayerPlan]:
-        """``Method.plan_model``, each layer kept when it is decided."""
-        kept = KeptLayers(self.folder, self.model, context.budget)
-        indices = sorted(self.model.sites)
-        known = [kept.load(index) for index in indices]
-        found = sum(entry is not None for entry in known)
-        if 0 < found < len(known) and self.folder is not None:
-            self.folder.note(f"{found} of {len(known)} layers were planned before")
-        layers: dict[int, LayerPlan] = {}
-        for number, (index, entry) in enumerate(zip(indices, known, strict=True)):
-            said: list[str] = []
-            if entry is not None:
-                layers[index], said = entry
-            else:
-                listening = replace(context, warn=said.append)
-                layers[index] = self.method.plan_layer(self.views.at(index), listening)
-                kept.save_when_due(layers[index], said)
-            for text in said:
-                context.warn(text)
-            self.views.told(number + 1)
-        return layers
 
     def _sequentially(self, context: Context) -> dict[int, LayerPlan]:
         method, model, domains = self.method, self.model, self.domains
-        kept = KeptLayers(self.folder, model, context.budget)
+        kept = KeptLayers(self.folder, model, context.budget, self.compute.ranks)
         states, layers, said = kept.resume()
         walks: list[Walk] = []
         dense: Callable[[LayerShape], LayerStatistics | None] = _nothing
@@ -152,7 +129,7 @@ class Decider:
         kept = states = None
         if self.folder is not None:
             kept = KeptStatistics(self.folder, "unedited")
-            states = WalkStates(self.folder, model, "unedited-walk")
+            states = WalkStates(self.folder, model, "unedited-walk", ranks=self.compute.ranks)
             has = kept.has
             states.resume(lambda i: i not in model.sites or has(i), "the walk before planning")
 

@@ -32,13 +32,14 @@ from moeprune.pipeline.inputs import (
     silent,
 )
 from moeprune.pipeline.seen import seen_domains
-from moeprune.pipeline.sharing import kept_by
+from moeprune.pipeline.sharing import drop_others, kept_by
 from moeprune.pipeline.tokenizers import refuse_other_tokenizer
 from moeprune.work import work_folder
 
 Section = Callable[[Source, Source | None, Compute, Progress], dict[str, Any]]
 """Measures one more thing: (model, teacher or None, where to compute, whom to tell) -> JSON."""
 
+STAGE = "evaluation"
 _MODEL, _TEACHER = "model", "teacher"
 
 
@@ -87,7 +88,7 @@ def evaluate(
         kept = None
         if resume is not None:
             identity = _identity(models, domains)
-            place = kept_by(Path(resume), "evaluation", compute.ranks, identity)
+            place = kept_by(Path(resume), STAGE, compute.ranks, identity)
             afresh = "give another --resume"
             folder = work_folder(*place, note=note, afresh=afresh)
             kept = KeptEvaluation(stack.enter_context(folder))
@@ -110,6 +111,8 @@ def evaluate(
         }
         for name, section in (sections or {}).items():
             found[name] = section(source, teacher, compute, progress)
+    if resume is not None and compute.ranks.first:
+        drop_others(Path(resume), STAGE)
     return found
 
 

@@ -7,6 +7,7 @@ where it has any.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from moeprune.core.budget import Budget
 from moeprune.core.plan import LayerPlan, Plan
 from moeprune.files import json_bytes, sha256_bytes
 from moeprune.models.loading import LayeredModel
+from moeprune.models.ranks import ALONE, Ranks
 from moeprune.models.store import read_plan, write_plan
 from moeprune.models.walk_state import Pace, WalkStates
 from moeprune.work import WorkFolder
@@ -30,11 +32,13 @@ class KeptLayers:
         folder: where; None keeps nothing.
         model: that is decided about.
         budget: a plan for a size tries several.
+        ranks: the processes that plan together; each keeps what it has decided itself.
     """
 
     folder: WorkFolder | None
     model: LayeredModel
     budget: Budget
+    ranks: Ranks = ALONE
     _waiting: list[Decision] = field(default_factory=list)
     _pace: Pace = field(default_factory=Pace)
 
@@ -80,6 +84,19 @@ class KeptLayers:
         plan = read_plan(file)
         return plan.layers[index], [*plan.warnings]
 
+    def found(self, indices: Sequence[int]) -> dict[int, Decision]:
+        """What was decided about these layers, which are this process's. All call it.
+
+        Says of how many layers of all that is, unless of none or all.
+        """
+        if self.folder is None:
+            return {}
+        known = {index: entry for index in indices if (entry := self.load(index)) is not None}
+        done, total = map(sum, zip(*self.ranks.gather((len(known), len(indices))), strict=True))
+        if 0 < done < total:
+            self.folder.note(f"{done} of {total} layers were planned before")
+        return known
+
     def resume(self) -> tuple[WalkStates | None, dict[int, LayerPlan], list[str]]:
         """How far a sequential method came: its walk, what it decided, and what it said."""
         if self.folder is None:
@@ -92,7 +109,7 @@ class KeptLayers:
                 found[index] = entry
             return entry is not None or index not in self.model.sites
 
-        states = WalkStates(self.folder, self.model, f"{self.name}/walk")
+        states = WalkStates(self.folder, self.model, f"{self.name}/walk", ranks=self.ranks)
         states.resume(has, "planning")
         kept = {i: layer for i, (layer, _) in found.items() if i <= states.reached}
         return states, kept, [text for i in kept for text in found[i][1]]

@@ -44,6 +44,7 @@ from moeprune.pipeline.inputs import (
     say,
     silent,
 )
+from moeprune.pipeline.sharing import drop_others, kept_by
 from moeprune.pipeline.views import Views
 from moeprune.work import refuse_finished, work_folder
 
@@ -78,16 +79,14 @@ def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
     budget it need not find again.
 
     With ``out`` the plan is written there, replacing another one if ``force``; what is decided is
-    kept in ``<out>.plan`` until it is, and the same call goes on from it (in one process).
+    kept in ``<out>.plan`` until it is, and the same call goes on from it.
 
     Raises:
         MoepruneError: anything the user can mend.
     """
-    keeps = out is not None and compute.ranks.size == 1
-    if out is not None and keeps:
+    ranks = compute.ranks
+    if out is not None and ranks.first:
         refuse_finished(Path(out), STAGE, force=force, refuse=refuse_existing_plan)
-    elif out is not None and compute.ranks.first:
-        refuse_existing_plan(out, force)
     chosen = method if isinstance(method, Method) else make_method(method, options)
     accept(chosen, budget, constraints)
     if statistics is not None and chosen.sequential:
@@ -114,12 +113,13 @@ def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
     views = Views(model, layout, store, progress)
     decider = Decider(chosen, model, views, context, text, compute, progress, uniform)
     with ExitStack() as stack:
-        if out is not None and keeps:
+        if out is not None:
             identity = _identity(decider, budget, store, fixed.to_json(constraints.protect_super))
-            told = {**identity, "writing": asdict(writing)}
-            decider.folder = stack.enter_context(work_folder(Path(out), STAGE, told, force, note))
+            place = kept_by(Path(out), STAGE, ranks, {**identity, "writing": asdict(writing)})
+            decider.folder = stack.enter_context(work_folder(*place, force, note))
             force = force or decider.folder.announced
-            refuse_existing_plan(out, force)
+            if ranks.first:
+                refuse_existing_plan(out, force)
         try:
             result = _decided(
                 decider, budget, fixed, store, model_name(source), constraints.protect_super,
@@ -130,13 +130,15 @@ def plan(  # noqa: PLR0913  (what decides a plan, and where it goes)
                 for name in folder.names():  # the same question would fail again
                     folder.remove(name)
             raise
-        if out is not None and compute.ranks.first:
+        if out is not None and decider.folder is not None and ranks.first:
             refuse_existing_plan(out, force)  # hours may have passed
-            if decider.folder is not None:
-                decider.folder.announce()
+            decider.folder.announce()
             write_plan(result, out, force)
             if any(layer.stored is not None for layer in result.layers.values()):
-                return read_plan(out)  # matrices that were kept go with their folder
+                result = read_plan(out)  # matrices that were kept go with their folder
+        ranks.barrier()  # what the others keep is needed until then
+    if out is not None and ranks.first:
+        drop_others(Path(out), STAGE)
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def kept_by(
 
 def drop_others(out: Path, stage: str) -> None:
     """Remove what other processes kept, of this run or of one that was given up."""
-    for folder in out.parent.glob(f"{_name(out, '[0-9]' * 5)}.{stage}"):
+    for folder in out.parent.glob(f"{escape(_name(out, ''))}{'[0-9]' * 5}.{stage}"):
         if (folder / RUN).is_file():
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -9,29 +9,34 @@ from typing import Any, NoReturn
 
 from safetensors.torch import save
 
-from moeprune.core.method import Context, LayerView, Method
+from moeprune.core.method import Context, Method
 from moeprune.core.plan import LayerPlan
 from moeprune.core.plan_json import layer_to_json, layer_vectors
 from moeprune.core.shapes import LayerShape
 from moeprune.errors import MoepruneError
 from moeprune.files import json_bytes, sha256_bytes
 from moeprune.models.ranks import Ranks, dealt
+from moeprune.pipeline.kept_plan import Decision, KeptLayers
 from moeprune.pipeline.views import Views
 
 
 def plan_together(
-    method: Method, views: Views, context: Context, ranks: Ranks
+    method: Method,
+    views: Views,
+    context: Context,
+    ranks: Ranks,
+    kept: KeptLayers | None = None,
 ) -> dict[int, LayerPlan]:
     """``method.plan_model`` on all layers, the same in every process. All call it.
 
-    Where layers compete, rank 0 decides and the others wait.
+    Where layers compete, rank 0 decides and the others wait. Where they do not, ``kept`` is where
+    this process finds what it decided before an interruption, and keeps what it decides now.
 
     Raises:
         MoepruneError: what the method raises; or it keeps matrices, which stay where they are made.
     """
-    if ranks.size == 1:
-        return method.plan_model(views, context)
-    context = replace(context, store=_refuse_to_store)
+    if ranks.size > 1:
+        context = replace(context, store=_refuse_to_store)
     if method.competes:
         found: tuple[dict[int, LayerPlan], list[str]] | None = None
         if ranks.first:
@@ -40,20 +45,35 @@ def plan_together(
         layers, said = ranks.broadcast(found)
         _repeat(said, context.warn)
         return layers
-    own = _own(views, ranks)
-    parts = [_planned(method, view, context) for view in views.only(own)]
-    everybody = sorted((part for some in ranks.gather(parts) for part in some), key=_layer)
+    own = views.only(_own(views, ranks))
+    parts = ranks.gather(_one_by_one(method, own, context, kept))
+    everybody = sorted((part for some in parts for part in some), key=_layer)
     for _, warnings in everybody:
         _repeat(warnings, context.warn)
     return {layer.layer: layer for layer, _ in everybody}
 
 
-def _planned(method: Method, view: LayerView, context: Context) -> tuple[LayerPlan, list[str]]:
-    said: list[str] = []
-    return method.plan_layer(view, replace(context, warn=said.append)), said
+def _one_by_one(
+    method: Method, views: Views, context: Context, kept: KeptLayers | None
+) -> list[Decision]:
+    """``Method.plan_model``, each layer kept when it is decided."""
+    indices = [shape.layer for shape in views.shapes]
+    known = {} if kept is None else kept.found(indices)
+    decided: list[Decision] = []
+    for number, index in enumerate(indices):
+        decision = known.get(index)
+        if decision is None:
+            said: list[str] = []
+            listening = replace(context, warn=said.append)
+            decision = method.plan_layer(views.at(index), listening), said
+            if kept is not None:
+                kept.save_when_due(*decision)
+        decided.append(decision)
+        views.told(number + 1)
+    return decided
 
 
-def _layer(part: tuple[LayerPlan, list[str]]) -> int:
+def _layer(part: Decision) -> int:
     return part[0].layer
 
 

@@ -269,12 +269,15 @@ class _Arena:
         for cell in todo:
             if cell not in there:
                 self._made(cell, maker.attempt(cell, None))
+        if not there:
+            return
+        fan = self.fan = replace(self.fan, jobs=min(self.fan.jobs, len(there)))
         work = LaneWork(
             os.fspath(self.source), self.run.path, maker.scoring.collect,
-            self.fan.share(self.compute), self.writing, self.windows,
+            fan.share(self.compute), self.writing, self.windows,
         )  # fmt: skip
         kept = {cell.key: self.run.cells.get(cell.key) for cell in there}
-        with self.fan.lanes(work) as lanes:
+        with fan.lanes(work) as lanes:
             Fanning(lanes, size, self._made, self._measured).run_all(
                 there, kept, lambda rest: self._tell(rest, before)
             )
