@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from moeprune.errors import MoepruneError
-from moeprune.pipeline.inputs import Text
+from moeprune.models.checkpoint import Checkpoint
+from moeprune.pipeline import teacher_samples
+from moeprune.pipeline.inputs import Compute, Text, silent
 from moeprune.pipeline.recovery import recover, training
 from moeprune.recovery.state import StateFolder
 
@@ -51,6 +53,35 @@ def test_a_state_that_was_moved_aside_is_not_lost(tmp_path: Path) -> None:
     assert folder.numbers() is None
     with folder.held():
         assert folder.numbers() == before and not aside.exists()
+
+
+def test_samples_of_the_teacher_that_were_damaged_are_written_again(
+    students: dict[str, Path],
+    teacher: Path,
+    text: Text,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``--force`` forgets what was trained, and not these."""
+    times: list[Any] = []
+
+    def written(*given: Any) -> list[str]:
+        times.append(given)
+        return ["one", "two"]
+
+    monkeypatch.setattr(teacher_samples, "_write_samples", written)
+    asked = Text((*text.sources, "own=teacher-samples"), 12, 24)
+    student, master = Checkpoint.open(students["dropped"]), Checkpoint.open(teacher)
+
+    def sample() -> Path:
+        given = (asked, student, master, StateFolder(tmp_path / "out"), Compute(), True, silent)
+        source = teacher_samples.with_samples(*given).sources[-1]
+        return Path(str(source).partition("=")[2])
+
+    file = sample()
+    assert sample() == file and len(times) == 1
+    file.write_bytes(file.read_bytes().replace(b"two", b"twp"))
+    assert sample() == file and len(times) == 2 and b"two" in file.read_bytes()
 
 
 def test_killed_beside_the_first_line_of_the_log(
