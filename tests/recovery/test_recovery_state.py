@@ -12,7 +12,7 @@ from torch import nn
 
 from moeprune.errors import MoepruneError
 from moeprune.models.checkpoint import Checkpoint
-from moeprune.pipeline import teacher_samples
+from moeprune.pipeline import recovery_opening, teacher_samples
 from moeprune.pipeline.inputs import Compute, Text, silent
 from moeprune.pipeline.recovery import recover, training
 from moeprune.recovery.state import StateFolder
@@ -104,3 +104,18 @@ def test_killed_beside_the_first_line_of_the_log(
         for file in sorted(tmp_path.glob("*/moeprune_recovery.jsonl"))
     ]
     assert steps == [[0, 1, 2]] * 2
+
+
+def test_a_run_of_other_versions_is_refused(
+    students: dict[str, Path], text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    quick = training("full", None, {"steps": 2, "batch": 2, "holdout": 0.1})
+    with pytest.raises(KeyboardInterrupt):
+        recover(students["dropped"], None, tmp_path / "out", quick, text, listen=killed)
+    now = {**recovery_opening.versions(), "torch": "1.0"}
+    monkeypatch.setattr(recovery_opening, "versions", lambda: now)
+    with pytest.raises(MoepruneError, match=r"had another version of torch"):
+        recover(students["dropped"], None, tmp_path / "out", quick, text, resume=True)

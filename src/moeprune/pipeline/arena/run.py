@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,7 @@ def compare(
     refuse(model)
     windows = heldout_text(checkpoint, heldout)
     identity = _identity(model, compute, asked.calibrations, windows)
+    identity["writing"] = asdict(writing)
     with open_run(Path(out), identity, force) as run:
         facts = inspect(source, compute.trust_remote_code)
         run.facts |= _facts(command, facts, windows, asked)
