@@ -262,6 +262,21 @@ def test_cut_around_the_appearance_of_the_output(
         refuse_finished(out, "writing")
 
 
+def test_an_output_that_was_replaced_goes_although_its_run_was_cut(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), work_folder(out, "writing", IDENTITY) as folder:
+        folder.write("output/moeprune.json", b"new")
+        folder.publish()
+        aside = tmp_path / ".out.abcd1234.old" / "content"  # what a kill leaves behind the rename
+        aside.mkdir(parents=True)
+        (aside / "moeprune.json").write_bytes(b"old")
+        raise KeyboardInterrupt
+    with work_folder(out, "writing", IDENTITY, force=True) as folder:
+        assert folder.published
+    assert tree(tmp_path).keys() == {"out", "out/moeprune.json"}
+    assert (out / "moeprune.json").read_bytes() == b"new"
+
+
 def test_an_output_that_was_moved_aside_comes_back_to_its_own_name(tmp_path: Path) -> None:
     """And is neither given to, nor swept away for, one whose name begins the same."""
     aside = tmp_path / ".out.v2.abcd1234.old" / "content"

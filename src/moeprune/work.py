@@ -25,6 +25,7 @@ from moeprune.files import (
     json_bytes,
     load_json,
     locked,
+    mend,
     move_into_place,
     refuse_existing,
     remove_partial,
@@ -240,6 +241,7 @@ def work_folder(
     folder = WorkFolder(path, out, note)
     try:
         with locked(path):
+            mend(out)  # an old output that was replaced, and not yet deleted
             _enter(folder, stage, json.loads(json_bytes(dict(identity))), force, afresh)
             with _told(folder), disk_errors(out):
                 yield folder
@@ -323,6 +325,8 @@ def _delete(path: Path) -> None:
 def drop_finished(out: Path, stage: str) -> None:
     """Remove what a run left that was killed while it removed it."""
     path = folder_of(out, stage)
+    with suppress(OSError):
+        path.rmdir()  # if it is empty
     if (path / _PUBLISHING).exists() and out.exists():
         with locked(path):
             _delete(path)

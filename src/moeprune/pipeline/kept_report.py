@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moeprune.core.budget import Budget
 from moeprune.core.plan import Plan
 from moeprune.files import json_bytes, load_json, parse_json, sha256_file
 from moeprune.models.checkpoint import Checkpoint
@@ -70,22 +71,23 @@ class KeptReport:
         """Write it into the checkpoint that has just appeared."""
         out = self.steps.out
         with work_folder(out, REPORT, self._identity(), force=True) as folder:
+            known = self.witness.known(out, [done])
             told = {
                 "record": _record(out),
-                "result": self.witness.known(out, [done]),
+                "result": known,
                 "sizes": asdict(done.sizes),
                 "seconds": done.seconds,
                 "observed": done.observed,
             }
             folder.write(_KNOWN, json_bytes(told))
-            self.witness.finish(out, told["result"])
+            self.witness.finish(out, known)
 
     def _identity(self) -> dict[str, Any]:
         """What decides the checkpoint, for ``work_folder``."""
         steps = self.steps
         (step,) = steps.steps
         assert isinstance(step, Step)
-        given = steps.statistics
+        given, budget = steps.statistics, step.budget
         return {
             **inputs_of(
                 Checkpoint.open(steps.source, steps.compute.trust_remote_code),
@@ -94,7 +96,7 @@ class KeptReport:
             ),
             "method": step.method.name,
             "options": step.method.options(),
-            "budget": repr(step.budget),
+            "budget": budget.to_json() if isinstance(budget, Budget) else asdict(budget),
             "uniform": step.uniform,
             "constraints": repr(step.constraints),
             "writing": asdict(steps.writing),
