@@ -232,10 +232,10 @@ def one(command: Command, folder: Path, part: float, late: float) -> None:
         command.killed += 1
         left = [p.name for p in place.iterdir() if p.name.startswith("out.")]
         command.resumed += bool(left) or (place / "out").exists()
-        there = (place / "out").exists() and command.name != "compare" and not left
+        there = (place / "out").exists() and command.name != "compare"
         code, spent, said = run(args, place)
-        if there and code == 2 and "output exists" in said:
-            code = 0  # all but the last words had been said
+        if there and (not left or command.name == "recover"):
+            code = 0 if code == 2 and "output exists" in said else code  # but for last words
         command.repeated.append(spent / command.cpu)
     if code:
         command.wrong.append(f"{part:.3f}: then ended with {code}: {said[-300:]}")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moeprune import work
 from moeprune.errors import MoepruneError, OutputError
-from moeprune.files import locked, new_directory, refuse_existing, write_together
+from moeprune.files import locked, mend, new_directory, refuse_existing, write_together
 from moeprune.work import WorkFolder, refuse_finished, work_folder
 from support import tree
 
@@ -102,6 +104,34 @@ def test_other_inputs_are_refused_by_name_until_forced(tmp_path: Path) -> None:
     begin(out, "a")
     with work_folder(out, "writing", other, force=True) as folder:
         assert folder.names() == [] and folder.find("a") is None
+
+
+def test_a_clearing_that_was_cut_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--force`` over what other inputs left, killed in between: still ours, and not finished."""
+    out, other = tmp_path / "out", {**IDENTITY, "seed": 1}
+    path = begin(out, "a", "output/b", "walk/c")
+    (path / "publishing").touch()
+    out.mkdir()  # of nobody knows what, and not of that run
+    rmtree = work.shutil.rmtree
+
+    def killed(place: Path, **named: Any) -> None:
+        rmtree(place, **named)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(work.shutil, "rmtree", killed)
+        with work_folder(out, "writing", other, force=True):
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (path / "output").exists() and (path / "sums").exists()
+    with work_folder(out, "writing", IDENTITY) as folder:
+        assert not folder.published and folder.find("output/b") is None
+    begin(out, "a")
+    with work_folder(out, "writing", other, force=True) as folder:
+        assert folder.names() == []
 
 
 def cut(file: Path) -> None:
@@ -230,3 +260,32 @@ def test_cut_around_the_appearance_of_the_output(
     assert tree(tmp_path).keys() == {"out", "out/moeprune.json"}
     with pytest.raises(OutputError, match="output exists"):
         refuse_finished(out, "writing")
+
+
+def test_an_output_that_was_replaced_goes_although_its_run_was_cut(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), work_folder(out, "writing", IDENTITY) as folder:
+        folder.write("output/moeprune.json", b"new")
+        folder.publish()
+        aside = tmp_path / ".out.abcd1234.old" / "content"  # what a kill leaves behind the rename
+        aside.mkdir(parents=True)
+        (aside / "moeprune.json").write_bytes(b"old")
+        raise KeyboardInterrupt
+    with work_folder(out, "writing", IDENTITY, force=True) as folder:
+        assert folder.published
+    assert tree(tmp_path).keys() == {"out", "out/moeprune.json"}
+    assert (out / "moeprune.json").read_bytes() == b"new"
+
+
+def test_an_output_that_was_moved_aside_comes_back_to_its_own_name(tmp_path: Path) -> None:
+    """And is neither given to, nor swept away for, one whose name begins the same."""
+    aside = tmp_path / ".out.v2.abcd1234.old" / "content"
+    aside.mkdir(parents=True)
+    (aside / "moeprune.json").write_text("old")
+    for _ in range(2):
+        with new_directory(tmp_path / "out", force=True) as folder:
+            (folder / "moeprune.json").write_text("new")
+    assert (aside / "moeprune.json").read_text() == "old"
+    mend(tmp_path / "out.v2")
+    assert (tmp_path / "out.v2" / "moeprune.json").read_text() == "old"
+    assert not aside.parent.exists()

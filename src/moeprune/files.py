@@ -139,7 +139,7 @@ def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
 
     Whatever goes wrong inside, ``path`` is as it was before and the temporary directory is gone.
     """
-    _sweep(path)
+    mend(path)
     refuse_existing(path, force)
     with disk_errors(path), _parents_of(path), ExitStack() as held:
         work = _temporary(path, ".partial", held, directory=True)
@@ -157,10 +157,10 @@ def move_into_place(work: Path, path: Path, force: bool = False) -> None:
     Raises:
         OutputError: ``path`` has appeared while ``work`` was made, and ``force`` was not given.
     """
-    for entry in sorted(work.rglob("*")):
+    for entry in (*sorted(work.rglob("*")), work):
         fsync(entry)
     os.chmod(work, 0o755)
-    _sweep(path)
+    mend(path)
     refuse_existing(path, force)  # hours may have passed
     _replace(work, path)
 
@@ -187,7 +187,7 @@ def _replace(work: Path, path: Path) -> None:
 def write_together(contents: Mapping[Path, bytes], force: bool = False) -> None:
     """Write files of one directory: no old one is touched before all new ones are on the disk."""
     for path in contents:
-        _sweep(path)
+        mend(path)
         refuse_existing(path, force, directory=False)
     written: dict[Path, Path] = {}
     path = next(iter(contents))
@@ -259,7 +259,7 @@ def _is(handle: int, path: Path) -> bool:
 
 
 def _temporary(path: Path, suffix: str, held: ExitStack, directory: bool) -> Path:
-    """A new file or directory beside ``path`` that ``_sweep`` spares until ``held`` is closed."""
+    """A new file or directory beside ``path`` that ``mend`` spares until ``held`` is closed."""
     prefix = f".{path.name}."
     while True:
         if directory:
@@ -273,19 +273,23 @@ def _temporary(path: Path, suffix: str, held: ExitStack, directory: bool) -> Pat
         os.close(handle)  # another process took it for abandoned, and sweeps it away
 
 
-def _sweep(path: Path) -> None:
+def mend(path: Path) -> None:
     """Mend what processes that were killed left beside ``path`` while they made it.
 
     An old output that was moved aside comes back if no new one has taken its place.
     """
     for suffix in (".old", ".partial"):
+        # not those of path.other, whose names begin with this one's
+        ours = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\{suffix}")
         for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.*{suffix}")):
+            if not ours.fullmatch(left.name):
+                continue
             with suppress(OSError):
                 handle = os.open(left, os.O_RDONLY)
                 try:
                     if not _claim(handle):
                         continue
-                    if (left / "content").exists() and not path.exists():
+                    if os.path.lexists(left / "content") and not path.exists():
                         os.rename(left / "content", path)
                     _remove(left)
                 finally:

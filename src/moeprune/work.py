@@ -25,6 +25,7 @@ from moeprune.files import (
     json_bytes,
     load_json,
     locked,
+    mend,
     move_into_place,
     refuse_existing,
     remove_partial,
@@ -34,7 +35,7 @@ from moeprune.files import (
 )
 
 FORMAT = "moeprune.work/1"
-STAGES = ("calibration", "plan", "writing", "evaluation", "pruning", "recipe")
+STAGES = ("calibration", "plan", "writing", "evaluation", "pruning", "recipe", "report")
 RUN, SUMS, OUTPUT, _PUBLISHING = "run.json", "sums", "output", "publishing"
 _MOST = 1 << 24
 _SHOWN = 3
@@ -203,11 +204,12 @@ def refuse_finished(
 
     To be called first; inside ``work_folder`` then follows ``published``, or ``refuse``.
     """
-    if not all(_folder_of(out, stage).is_dir() for stage in stages):
+    if not all(folder_of(out, stage).is_dir() for stage in stages):
         refuse(out, force)
 
 
-def _folder_of(out: Path, stage: str) -> Path:
+def folder_of(out: Path, stage: str) -> Path:
+    """Where the work folder of a stage stands, or would."""
     return out.parent / f"{out.name}.{stage}"
 
 
@@ -237,7 +239,7 @@ def work_folder(
         OutputError: another process works in it, or it was made from other inputs; the message
             says which. Also for any error of the disk inside the block.
     """
-    path = _folder_of(out, stage)
+    path = folder_of(out, stage)
     missing = [parent for parent in path.absolute().parents if not parent.exists()]
     before = path.is_dir()
     if not before and (path.exists() or path.is_symlink()):
@@ -249,6 +251,7 @@ def work_folder(
     folder = WorkFolder(path, out, note)
     try:
         with locked(path):
+            mend(out)  # an old output that was replaced, and not yet deleted
             _enter(folder, stage, json.loads(json_bytes(dict(identity))), force, afresh)
             with _told(folder), disk_errors(out):
                 yield folder
@@ -285,7 +288,9 @@ def _enter(
         else:
             _drop_partial(folder.path)
             return
-    _clear(folder.path)
+    # killed meanwhile: it is still known whose this is, and no output was about to appear
+    (folder.path / _PUBLISHING).unlink(missing_ok=True)
+    _clear(folder.path, spared=(".lock", RUN))
     told = {"format": FORMAT, "stage": stage, "identity": identity}
     told["sha256"] = sha256_bytes(json_bytes(identity))
     try:
@@ -329,7 +334,9 @@ def _delete(path: Path) -> None:
 
 def drop_finished(out: Path, stage: str) -> None:
     """Remove what a run left that was killed while it removed it."""
-    path = _folder_of(out, stage)
+    path = folder_of(out, stage)
+    with suppress(OSError):
+        path.rmdir()  # if it is empty
     if (path / _PUBLISHING).exists() and out.exists():
         with locked(path):
             _delete(path)
@@ -353,7 +360,7 @@ def _told(folder: WorkFolder) -> Iterator[None]:
     except BaseException as error:
         _drop_partial(folder.path)
         if not folder.names():
-            shutil.rmtree(folder.path, ignore_errors=True)
+            _delete(folder.path)
             raise
         if any(map(is_partial, folder.path.absolute().parents)):
             raise  # all of that goes

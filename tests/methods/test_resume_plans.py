@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from methods.conftest import batch_of
 from methods.test_resume import COMPUTE, Tiny, behind_a_layer, in_pieces
 from moeprune import work
 from moeprune.core.budget import Budget
+from moeprune.core.layer_plan import LayerPlan
 from moeprune.core.targets import Target
 from moeprune.errors import BudgetError, OutputError
 from moeprune.models import walk_state
 from moeprune.models.checkpoint import Checkpoint
+from moeprune.models.loading import LayeredModel
 from moeprune.pipeline import stages
 from moeprune.pipeline.inputs import code_of
+from moeprune.pipeline.kept_plan import KeptLayers
 from moeprune.pipeline.pruning_place import inputs_of
 from support import tree
 
@@ -195,3 +200,85 @@ def test_pruning_goes_on_in_each_of_its_stages(
     pruning(out, stop("nothing"))
     assert not {"walking", "planning"} & {*seen}
     assert tree(tmp_path / "pieces") == tree(tmp_path / "whole")
+
+
+def test_a_report_that_was_cut_in_its_walk_is_finished_by_the_same_command(
+    tiny: Tiny, text: stages.Text, tmp_path: Path
+) -> None:
+    """The checkpoint is there; nothing but routing is measured again."""
+    seen: list[str] = []
+
+    def pruning(
+        place: str, stop: str = "", ratio: float = 0.5, force: bool = False, **named: Any
+    ) -> stages.Pruned:
+        def progress(what: str, done: int, total: int) -> None:
+            seen.append(what)
+            if what == stop:
+                raise KeyboardInterrupt
+
+        return stages.prune(
+            tiny("olmoe"), "mone", Budget(ratio=ratio), tmp_path / place / "out", text,
+            compute=COMPUTE, progress=progress, command="moeprune prune", force=force, **named,
+        )  # fmt: skip
+
+    def cut(**named: Any) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            pruning("pieces", stop="routing before and after", **named)
+        assert {path.name for path in (tmp_path / "pieces").iterdir()} == {"out", "out.report"}
+
+    whole = pruning("whole")
+    cut()
+    with pytest.raises(OutputError, match=r'budget was {"ratio": 0.5.*, now {"ratio": 0.25'):
+        pruning("pieces", ratio=0.25)
+    seen.clear()
+    done = pruning("pieces")
+    assert {*seen} == {"routing before and after"}
+    assert (done.sizes, done.plan.method) == (whole.sizes, "mone")
+    assert done.plan.statistics == whole.plan.statistics
+    files = [tree(tmp_path / place) for place in ("pieces", "whole")]
+    results = [_told(tmp_path / place / "out/moeprune_run.json") for place in ("pieces", "whole")]
+    for file in ("out/moeprune_run.json", "out/report.html"):  # which say how long it took
+        assert all(names.pop(file) for names in files)
+    assert files[0] == files[1] and results[0] == results[1]
+    assert set(results[0]["atlas"]["routing"]["rows"]) == {"original", "out"}
+
+    cut(force=True)
+    (tmp_path / "pieces/out/moeprune.json").write_text("{}")  # another checkpoint is there now
+    with pytest.raises(OutputError, match="output exists"):
+        pruning("pieces")
+    assert {path.name for path in (tmp_path / "pieces").iterdir()} == {"out"}
+
+
+def _told(file: Path) -> dict[str, Any]:
+    """A result without what it says of time and place."""
+    found: dict[str, Any] = json.loads(file.read_bytes())
+    for row in (found, *found["rows"], found["calibration"]):
+        row.pop("seconds")
+        row.pop("path", None)
+    found.pop("warnings")  # one names the path
+    return found
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_decision_whose_vectors_were_damaged_is_made_again(
+    tiny: Tiny, tmp_path: Path, kill: bool
+) -> None:
+    """Also if whoever finds the damage is killed before it is made again."""
+    model = LayeredModel(Checkpoint.open(tiny("olmoe")))
+    layer = LayerPlan(0, 4, (0, 1, 2), replaced=(3,), novices_NH=torch.ones(1, 8))
+    notes: list[str] = []
+    with (
+        pytest.raises(KeyboardInterrupt),
+        work.work_folder(tmp_path / "p.json", "plan", {}, note=notes.append) as folder,
+    ):
+        kept = KeptLayers(folder, model, HALF)
+        kept.save(layer, ["a warning"])
+        assert kept.load(0) is not None
+        [vectors] = [name for name in folder.names() if name.endswith(".safetensors")]
+        file = folder.path / vectors
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+        if kill:
+            assert folder.find(vectors) is None  # all that the killed one did
+        assert kept.load(0) is None and kept.load(0) is None
+        assert folder.names() == [] and "damaged" in notes[0]
+        raise KeyboardInterrupt

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moeprune.core.budget import Budget
 from moeprune.core.plan import LayerPlan, Plan
+from moeprune.errors import PlanError
 from moeprune.files import json_bytes, sha256_bytes
 from moeprune.models.loading import LayeredModel
 from moeprune.models.ranks import ALONE, Ranks
@@ -79,9 +80,15 @@ class KeptLayers:
         stem = f"{self.name}/{_file(index).removesuffix('.json')}"
         file = self.folder.find(f"{stem}.json")
         needed = [n for n in self.folder.names() if n.startswith((f"{stem}.s", f"{stem}.w"))]
-        if file is None or None in map(self.folder.find, needed):
+        if file is None:
             return None
-        plan = read_plan(file)
+        try:
+            plan = None if None in map(self.folder.find, needed) else read_plan(file)
+        except PlanError:  # what it needs was damaged, and is gone
+            plan = None
+        if plan is None:
+            self.folder.remove(f"{stem}.json")
+            return None
         return plan.layers[index], [*plan.warnings]
 
     def found(self, indices: Sequence[int]) -> dict[int, Decision]:

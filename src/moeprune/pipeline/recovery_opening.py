@@ -114,6 +114,7 @@ def open_run(
         "teacher": None if master is None else master.fingerprint,
         "data": facts["hash"],
         "training": made.to_json(),
+        "versions": versions(),
     }
     if resume and folder.numbers() is not None:
         _refuse_other_run(folder, header)
@@ -169,10 +170,11 @@ def _refuse_other_run(folder: StateFolder, header: Mapping[str, Any]) -> None:
         if saved.get(name) == value:
             continue
         what = name
-        if name == "training" and isinstance(saved.get(name), dict):
-            before = saved["training"]
-            keys = ("layerwise", *value)  # which decides about others
-            what = next((key for key in keys if before.get(key) != value[key]), name)
+        if isinstance(value, dict) and isinstance(before := saved.get(name), dict):
+            # the first decides about others
+            keys = ("layerwise", *value) if name == "training" else (*value, *before)
+            what = next((key for key in keys if before.get(key) != value.get(key)), name)
+            what = f"version of {what}" if name == "versions" else what
         raise MoepruneError(
             f"the run in {folder.path} had another {what.replace('_', '-')}",
             "give the same options, or begin again with --force",

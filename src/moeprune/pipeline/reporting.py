@@ -197,6 +197,19 @@ class Witness:
     ) -> None:
         """Put the result and its page into the checkpoint ``out``, which the last step wrote.
 
+        The arguments are those of ``known``.
+        """
+        self.finish(out, self.known(out, steps, measured, names))
+
+    def known(
+        self,
+        out: Path,
+        steps: Sequence[StepDone],
+        measured: Mapping[str, Any] | None = None,
+        names: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """The result of ``out`` before routing is measured.
+
         ``measured`` is the evaluation against the original, if there was one; ``names`` are those
         of all steps, if others than ``steps`` were between or after them.
         """
@@ -210,20 +223,30 @@ class Witness:
             "nonzero_parameters": first.sizes.nonzero[0], "bytes": base["bytes"],
             "perplexity": {}, "seconds": {},
         }  # fmt: skip
-        routed, unrouted = self._routing(out)
-        result = {
+        return {
             "format": FORMAT,
             "command": self.command,
             "model": base,
             **self._observed,
-            "atlas": {**self._observed.get("atlas", {}), **routed} or None,
+            "atlas": self._observed.get("atlas"),
             "rows": [
                 original | facts.measured_original(base["name"], [measured] if measured else []),
                 _row(out, steps, names) | facts.measured(measured),
             ],
-            "warnings": [*([] if measured else [self._what_to_run(out)]), *unrouted],
+            "warnings": [] if measured else [self._what_to_run(out)],
             "versions": dict(last.plan.versions),
             "seconds": round(time.perf_counter() - self._began, 2),
+        }
+
+    def finish(self, out: Path, known: Mapping[str, Any]) -> None:
+        """Measure routing, and put what is then known and its page into the checkpoint ``out``."""
+        began = time.perf_counter()
+        routed, unrouted = self._routing(out)
+        result = {
+            **known,
+            "atlas": {**(known["atlas"] or {}), **routed} or None,
+            "warnings": [*known["warnings"], *unrouted],
+            "seconds": round(known["seconds"] + time.perf_counter() - began, 2),
         }
         page = render_report(result).encode()
         write_together({out / RUN: json_bytes(result), out / PAGE: page}, True)

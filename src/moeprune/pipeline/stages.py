@@ -28,6 +28,7 @@ from moeprune.pipeline.inputs import (
     silent,
 )
 from moeprune.pipeline.inspection import inspect
+from moeprune.pipeline.kept_report import KeptReport
 from moeprune.pipeline.planning import plan
 from moeprune.pipeline.reporting import Witness
 from moeprune.pipeline.steps import Step, Steps
@@ -126,6 +127,9 @@ def prune(  # noqa: PLR0913  (what calibrate, plan and apply take, together)
     both models tells for it how evenly experts are used before and after, by default if the text is
     read for the method.
 
+    If it is cut while it measures that, the same call only measures it again; the plan that it
+    returns is then without its layers, which stand in the checkpoint.
+
     Raises:
         MoepruneError: anything the user can mend. ``out`` is not there then; what took long stays
             beside it, for the same command.
@@ -147,7 +151,10 @@ def prune(  # noqa: PLR0913  (what calibrate, plan and apply take, together)
         force,
         observed=None if witness is None else witness.observe,
     )
+    report = None if witness is None else KeptReport(witness, steps)
+    if report is not None and (cut := report.go_on()) is not None:
+        return Pruned(cut.plan, cut.sizes, cut.seconds, None)
     (done,) = steps.run()
-    if witness is not None:
-        witness.write(Path(out), steps.done)
+    if report is not None:
+        report.write(done)
     return Pruned(done.plan, done.sizes, done.seconds, steps.peak)

@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeprune.errors import DataError
-from moeprune.files import write_together
+from moeprune.files import sha256_bytes, sha256_file, write_together
 from moeprune.models import data
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.runtime import load
@@ -100,12 +101,21 @@ def with_samples(
     domains = read_calibration(student, replace(text, sources=others, sequences=count, mix=()))
     start_NL = torch.cat([domain.ids_NL for domain in domains])
     file = folder.path / f"samples-{_key(start_NL, samples, teacher, text.seed, compute)}.jsonl"
-    if writes and not file.is_file():
+    told = file.with_suffix(".sha256")
+    if writes and not _whole(file, told):
         written = _write_samples(student, teacher, start_NL, samples, text.seed, compute, progress)
-        lines = "".join(json.dumps({"text": one}) + "\n" for one in written)
+        lines = "".join(json.dumps({"text": one}) + "\n" for one in written).encode()
         with folder.writing():
-            write_together({file: lines.encode()}, force=True)
+            write_together({file: lines, told: sha256_bytes(lines).encode()}, force=True)
     return replace(text, sources=(*others, f"{samples.name}={file}"))
+
+
+def _whole(file: Path, told: Path) -> bool:
+    """Whether samples are there as they were written; others are written again."""
+    try:
+        return told.read_bytes() == sha256_file(file).encode()
+    except OSError:
+        return False
 
 
 def _key(

@@ -20,11 +20,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError, OutputError
-from moeprune.files import json_bytes, load_json, locked, new_directory, sha256_file
+from moeprune.files import (
+    fsync,
+    json_bytes,
+    load_json,
+    locked,
+    mend,
+    new_directory,
+    sha256_bytes,
+    sha256_file,
+)
 
 FORMAT = "moeprune.recovery/1"
 SUMS = "sha256"
 _MOST = 1 << 26
+_SEAL = "numbers_sha256"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -56,6 +66,8 @@ class StateFolder:
         """
         try:
             with locked(self.path):
+                for name in ("state", "best"):
+                    mend(self.path / name)  # a state that was moved aside is one
                 yield
         finally:
             with suppress(OSError):
@@ -87,6 +99,9 @@ class StateFolder:
         Raises:
             OutputError: see ``writing``.
         """
+        with self.writing():
+            if self.log.is_file():
+                fsync(self.log)  # a state is never ahead of its log
         values = {f"weight.{name}": _plain(p) for name, p in weights.items()}
         for name, p in weights.items():
             for key in _MOMENTS:
@@ -122,7 +137,7 @@ class StateFolder:
         with self.writing(), new_directory(self.path / name, force=True) as work:
             save_file(values, work / "values.safetensors")
             told = {"format": FORMAT, **numbers, SUMS: sha256_file(work / "values.safetensors")}
-            (work / "manifest.json").write_bytes(json_bytes(told))
+            (work / "manifest.json").write_bytes(sealed(told))
 
     def numbers(self, name: str = "state") -> dict[str, Any] | None:
         """What was saved beside the values; None if nothing was.
@@ -133,11 +148,24 @@ class StateFolder:
         file = self.path / name / "manifest.json"
         if not file.is_file():
             return None
+        found = self._unsealed(file)
+        if found.get("format") != FORMAT:
+            raise self._damaged(file)
+        return found
+
+    def _unsealed(self, file: Path) -> dict[str, Any]:
+        """What ``sealed`` wrote.
+
+        Raises:
+            MoepruneError: it is damaged.
+        """
         try:
             found = load_json(file, _MOST)
         except (ValueError, OSError) as error:
             raise self._damaged(file) from error
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
+        if not isinstance(found, dict):
+            raise self._damaged(file)
+        if found.pop(_SEAL, None) not in (None, sha256_bytes(json_bytes(found))):
             raise self._damaged(file)
         return found
 
@@ -194,8 +222,14 @@ class StateFolder:
         part = self.log.with_suffix(".partial")
         with self.writing():
             part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            fsync(part)
             os.replace(part, self.log)
         return kept
+
+
+def sealed(told: Mapping[str, Any]) -> bytes:
+    """JSON with its own checksum in it: numbers decide what comes as much as values do."""
+    return json_bytes({**told, _SEAL: sha256_bytes(json_bytes(dict(told)))})
 
 
 def _plain(tensor: Tensor) -> Tensor:

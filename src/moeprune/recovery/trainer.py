@@ -147,9 +147,9 @@ class Trainer:
         began, before = time.perf_counter(), now.seconds
         if now.step == 0 and not now.held:
             self._evaluate(header)
-            self._save(header)
             if now.held and self.accelerator.is_main_process:
                 self.folder.note({"step": 0, "held": now.held[0], "held_ce": self.held_ce})
+            self._save(header)
         while now.step < training.steps and not now.ended:
             start = time.perf_counter()
             entry = self._step(header)

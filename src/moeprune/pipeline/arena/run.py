@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from moeprune.pipeline.arena.state import (
     refuse_difference,
 )
 from moeprune.pipeline.atlas import atlas
-from moeprune.pipeline.inputs import Compute, Progress, Source, Text, silent
+from moeprune.pipeline.inputs import Compute, Progress, Source, Text, code_of, silent
 from moeprune.pipeline.inputs import read_heldout as heldout_text
 from moeprune.pipeline.inspection import inspect
 
@@ -133,6 +133,7 @@ def compare(
     refuse(model)
     windows = heldout_text(checkpoint, heldout)
     identity = _identity(model, compute, asked.calibrations, windows)
+    identity["writing"] = asdict(writing)
     with open_run(Path(out), identity, force) as run:
         facts = inspect(source, compute.trust_remote_code)
         run.facts |= _facts(command, facts, windows, asked)
@@ -162,6 +163,7 @@ def _identity(
     """What decides numbers, by the name under which a difference is reported."""
     found: dict[str, Any] = {
         "model fingerprint": model.checkpoint.fingerprint,
+        "code of the model": code_of(model.checkpoint),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": compute.device,
         "held-out text": data.describe(windows)["hash"],
@@ -326,8 +328,8 @@ class _Arena:
                 )
             row["seconds"]["evaluate"] = round(result.seconds / len(group), 3)
             self.clock.took("evaluate", result.seconds / len(group))
+            self._put_away(cell)  # before: a cell that is done is not made again
             self.run.save(cell.key, row)
-            self._put_away(cell)
 
     def _put_away(self, cell: Cell) -> None:
         folder = self.run.work / cell.slug

@@ -13,8 +13,9 @@ from moeprune.errors import MoepruneError
 from moeprune.models.loading import LayeredModel
 from moeprune.models.store import StatisticsStore, merge_statistics
 from moeprune.pipeline.arena.asking import Calibration, Entry
-from moeprune.pipeline.calibration import calibrate
+from moeprune.pipeline.calibration import STAGE, calibrate
 from moeprune.pipeline.inputs import Compute, Progress, Source, Text
+from moeprune.work import drop_finished
 
 GRAM = ("input-gram", "hidden-gram")
 MOST_GRAM_BYTES = 1 << 30
@@ -120,6 +121,7 @@ class Scoring:
 
         With ``exactly`` those that have others as well are of no use either.
         """
+        drop_finished(path, STAGE)
         try:
             store = StatisticsStore.open(path)
         except MoepruneError:

@@ -84,17 +84,19 @@ def open_run(out: Path, identity: Mapping[str, Any], force: bool = False) -> Ite
             other inputs; the message says which.
     """
     file = out / RESULT
-    if force and out.exists():
-        refuse_existing(out, force)
-    elif not out.exists():
+    if not out.exists():
         refuse_existing(out, force=False)
+    elif out.is_dir() and not _foreign(out):
+        pass  # empty, or a beginning that was cut
+    elif force:
+        refuse_existing(out, force)
     elif file.is_file():
         _read(file, identity)  # before a lock is left in what is not ours
-    elif not out.is_dir() or _foreign(out):
+    else:
         raise OutputError(f"output exists, and is no comparison: {out}", "choose another --out")
     with locked(out):
         if force:
-            _clear(out)
+            _clear(out, Run(out, dict(identity)))
         found = _read(file, identity) if file.is_file() else Run(out, dict(identity))
         shutil.rmtree(found.work, ignore_errors=True)
         for folder in filter(Path.is_dir, (out, out / PLANS)):
@@ -106,18 +108,25 @@ def open_run(out: Path, identity: Mapping[str, Any], force: bool = False) -> Ite
 
 
 def _foreign(out: Path) -> bool:
-    """Whether a directory holds more than an interrupted beginning of ours."""
+    """Whether a directory holds more than an interrupted beginning of ours.
+
+    The result stands there before any statistics; without it they are of nobody knows what.
+    """
     return any(
-        entry.name not in (STATISTICS, WORK, ".lock") and not is_partial(entry)
-        for entry in out.iterdir()
+        entry.name not in (WORK, ".lock") and not is_partial(entry) for entry in out.iterdir()
     )
 
 
-def _clear(out: Path) -> None:
-    """Take away what a comparison writes, and nothing else."""
+def _clear(out: Path, new: Run) -> None:
+    """Take away what a comparison writes, and nothing else; a result becomes that of a new one.
+
+    It comes first: whoever is killed meanwhile does not go on with cells whose plans are gone.
+    """
+    if (out / RESULT).is_file():
+        new.save()
     for name in (PLANS, STATISTICS, CHECKPOINTS, WORK):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in (PAGE, PICTURE, RESULT):
+    for name in (PAGE, PICTURE):
         (out / name).unlink(missing_ok=True)
 
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.errors import CheckpointError
-from moeprune.files import json_bytes, load_json, new_directory, sha256_file
+from moeprune.files import new_directory, sha256_file
 from moeprune.models.checkpoint import Checkpoint, TensorInfo, read_header
 from moeprune.models.writer import Piece, copied, write_shards
 from moeprune.recovery.layerwise.fitting import Fit
-from moeprune.recovery.state import FORMAT, SUMS, DamagedState, StateFolder
+from moeprune.recovery.state import FORMAT, SUMS, DamagedState, StateFolder, sealed
 
-_MOST = 1 << 26
 _MANIFEST = "manifest.json"
 
 
@@ -58,7 +57,7 @@ class LayerFolder(StateFolder):
         record = {"format": FORMAT, **asdict(fit), "changed": changed, "zeros": zeros}
         with self.writing(), new_directory(self._place(fit.layer), force=True) as work:
             record[SUMS] = write_shards(work, pieces) if pieces else {}
-            (work / _MANIFEST).write_bytes(json_bytes(record))
+            (work / _MANIFEST).write_bytes(sealed(record))
         self.write_log()
 
     def record(self, layer: int) -> dict[str, Any]:
@@ -68,11 +67,8 @@ class LayerFolder(StateFolder):
             MoepruneError: it is damaged.
         """
         file = self._place(layer) / _MANIFEST
-        try:
-            found = load_json(file, _MOST)
-        except (ValueError, OSError) as error:
-            raise self._damaged(file) from error
-        if not isinstance(found, dict) or found.get("layer") != layer:
+        found = self._unsealed(file)
+        if found.get("layer") != layer:
             raise self._damaged(file)
         return found
 
