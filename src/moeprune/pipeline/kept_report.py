@@ -85,6 +85,7 @@ class KeptReport:
         (step,) = steps.steps
         assert isinstance(step, Step)
         given = steps.statistics
+        known = None if given is None else StatisticsStore.open(given).summary["sha256"]
         return {
             **inputs_of(
                 Checkpoint.open(steps.source, steps.compute.trust_remote_code),
@@ -93,7 +94,7 @@ class KeptReport:
             ),
             **step.inputs(),
             "writing": asdict(steps.writing),
-            "given statistics": None if given is None else StatisticsStore.open(given).summary["sha256"],
+            "given statistics": known,
         }
 
 
