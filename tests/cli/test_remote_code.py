@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -66,12 +67,20 @@ def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     folder, cache = tmp_path / "marks", tmp_path / "cache"
     folder.mkdir()
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
-    before = set(sys.modules), list(sys.path)
+    # what other tests imported is a package elsewhere, in which these files would not be found
+    path, others = list(sys.path), _copies()
+    for name in others:
+        del sys.modules[name]
     yield lambda: {file.name for file in folder.iterdir()}
-    for name in set(sys.modules) - before[0]:
-        if name.startswith("transformers_modules"):
-            del sys.modules[name]
-    sys.path[:] = before[1]
+    for name in _copies():
+        del sys.modules[name]
+    sys.modules.update(others)
+    sys.path[:] = path
+
+
+def _copies() -> dict[str, ModuleType]:
+    """The modules that transformers has imported from checkpoints."""
+    return {n: m for n, m in sys.modules.items() if n.startswith("transformers_modules")}
 
 
 @pytest.fixture
