@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import set_forkserver_preload
@@ -36,6 +36,8 @@ METHODS: dict[str, dict[str, str]] = {
     "moeits": {"bins": "8"},
     "moe-pruner": {"propagate": "pruned"},
 }
+WORLDS = 4
+"""That a process is in at most, one after another."""
 Alone = Callable[[dict[str, dict[str, str]]], dict[str, str]]
 FEW = {"reap": METHODS["reap"], "mone": METHODS["mone"]}
 
@@ -57,8 +59,9 @@ def work(folder: Path, page: Path, ranks: Ranks, methods: dict[str, dict[str, st
         (folder / "evaluation.json").write_text(json.dumps({**found, "seconds": None}))
 
 
-def fails_in_one() -> str:
+def fails_in_one(port: int) -> str:
     """What the others hear when the last one fails."""
+    meet_at(port)
     try:
         with joined() as ranks:
             if ranks.rank == ranks.size - 1:
@@ -69,8 +72,9 @@ def fails_in_one() -> str:
     return "nothing"
 
 
-def too_many(page: Path) -> str:
+def too_many(page: Path, port: int) -> str:
     """One batch cannot be shared."""
+    meet_at(port)
     try:
         with joined() as ranks:
             short = Text((str(page),), 1, 32)
@@ -80,15 +84,18 @@ def too_many(page: Path) -> str:
     return "nothing"
 
 
-def process(rank: int, size: int, port: int, folder: Path, page: Path, methods: Any) -> None:
+def process(
+    rank: int, size: int, ports: Sequence[int], folder: Path, page: Path, methods: Any
+) -> None:
     """One of the processes."""
     data.TOKENS_PER_BATCH = BATCH
-    enter(rank, size, port)
+    enter(rank, size)
+    meet_at(ports[0])
     os.chdir(folder)
     with joined() as ranks:
         said = [torch.get_num_threads(), ranks.gather(ranks.rank), ranks.broadcast(rank)]
         work(folder / "out", page, ranks, methods)
-    said += [fails_in_one(), too_many(page)]
+    said += [fails_in_one(ports[1]), too_many(page, ports[2])]
     (folder / f"said-{rank}.json").write_text(json.dumps(said))
 
 
@@ -104,11 +111,13 @@ def planned(
     )  # fmt: skip
 
 
-def planning(rank: int, size: int, port: int, folder: Path, page: Path, methods: Any) -> None:
+def planning(
+    rank: int, size: int, ports: Sequence[int], folder: Path, page: Path, methods: Any
+) -> None:
     """Plans of one of the processes; the first time the last one is interrupted in each."""
     data.TOKENS_PER_BATCH = BATCH
     walk_state._SHARE = 1e9  # everything is kept at once
-    enter(rank, size, port)
+    enter(rank, size)
     again = (folder / "stopped").exists()
     said: dict[str, list[str]] = {name: [] for name in methods}
 
@@ -116,8 +125,8 @@ def planning(rank: int, size: int, port: int, folder: Path, page: Path, methods:
         if not again and rank == size - 1 and what in ("planning", "walking") and 2 * done > total:
             raise KeyboardInterrupt
 
-    for number, (name, options) in enumerate(methods.items()):
-        os.environ["MASTER_PORT"] = str(port + number)
+    for port, (name, options) in zip(ports, methods.items(), strict=False):
+        meet_at(port)
         with suppress(KeyboardInterrupt), joined() as ranks:
             try:
                 planned(folder / "out", page, ranks, name, options, stop, said[name].append)
@@ -126,10 +135,14 @@ def planning(rank: int, size: int, port: int, folder: Path, page: Path, methods:
     (folder / f"said-{rank}.json").write_text(json.dumps(said))
 
 
-def enter(rank: int, size: int, port: int) -> None:
-    """What a launcher says to a process."""
+def enter(rank: int, size: int) -> None:
+    """What a launcher says to a process, but for the place to meet."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in told.items()}
+
+
+def meet_at(port: int) -> None:
+    """Of the next world; a second one at the same port could find what is left of the first."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
@@ -141,12 +154,14 @@ def launch(
     one: Callable[..., None] = process,
 ) -> list[Any]:
     """Run so many processes; what each saw."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(WORLDS)]
+        for one_of_them in free:
+            one_of_them.bind(("127.0.0.1", 0))
+        ports = [one_of_them.getsockname()[1] for one_of_them in free]
     # what takes longest is imported once for all of them
     set_forkserver_preload([calibrate.__module__, evaluate.__module__, plan.__module__])
-    start_processes(one, (size, port, folder, page, methods), size, start_method="forkserver")
+    start_processes(one, (size, ports, folder, page, methods), size, start_method="forkserver")
     return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(size)]
 
 
