@@ -61,7 +61,7 @@ def build(path: Path, hidden: int, width: int, experts: int, layers: int) -> Pat
 
 def walk_seconds(model: LayeredModel, batches: list, needs: tuple[str, ...]) -> float:
     start = time.perf_counter()
-    with Walk(model, batches) as walk:
+    with Walk(model, batches, chunks=True) as walk:  # as calibrate does
         walk.layers(needs)
     return time.perf_counter() - start
 

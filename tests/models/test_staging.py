@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from moeprune.core.statistics import LayerStatistics
 from moeprune.models.checkpoint import Checkpoint
 from moeprune.models.loading import LayeredModel
 from moeprune.models.sites import MoESite
-from moeprune.models.staging import Staging, unwritten
+from moeprune.models.staging import Spare, Staging, unwritten
 from moeprune.models.walk import Batch, Walk
 
 on_gpu = [
@@ -49,6 +50,29 @@ def test_unwritten_tensors_are_as_any_other(shape: tuple[int, ...], device: str)
     view = tensor[1:]
     del tensor
     assert torch.equal(view.float().cpu(), torch.full((max(0, shape[0] - 1), *shape[1:]), 2.0))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="other systems have none")
+def test_spare_memory_is_used_again_when_no_view_is_left() -> None:
+    spare, large = Spare(), (2, 1024, 1024)
+    args = torch.bfloat16, torch.device("cpu")
+    first, second = spare.unwritten(large, *args), spare.unwritten(large, *args)
+    where = first.data_ptr(), second.data_ptr()
+    view = first[1].view(torch.uint8)
+    del first, second
+    again = spare.unwritten(large, *args)
+    assert again.data_ptr() == where[1]  # the other one is still in use
+    other = spare.unwritten(large, *args)
+    assert other.data_ptr() not in where
+    view.fill_(7)
+    other.fill_(1)
+    again.fill_(1)
+    assert bool((view == 7).all())
+    del view, again
+    assert spare.unwritten((3, 1024, 1024), *args).data_ptr() not in where  # of no use: given back
+    assert len(spare._all) == 2
+    spare.give_back()
+    assert len(spare._all) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

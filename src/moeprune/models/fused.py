@@ -133,14 +133,15 @@ def fill(
     quantisation: Quantisation,
     dtypes: Mapping[str, torch.dtype],
     device: torch.device,
+    blank: Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor] = unwritten,
 ) -> dict[str, Tensor]:
-    """The parameters' values, read in the order of the disk.
+    """The parameters' values, read in the order of the disk into tensors that ``blank`` makes.
 
     Raises:
         CheckpointError: a file is shorter than it was.
     """
     weights, infos = quantisation.weights, checkpoint.tensors
-    whole = {f.name: unwritten(f.shape, dtypes[f.name], device) for f in fused}
+    whole = {f.name: blank(f.shape, dtypes[f.name], device) for f in fused}
 
     def position(todo: tuple[Fused, Place]) -> tuple[str, int]:
         key = todo[1].key

@@ -9,7 +9,8 @@ from __future__ import annotations
 import mmap
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -43,6 +44,7 @@ from moeprune.models.native import (
 from moeprune.models.quantised import Quantisation, lazy_state
 from moeprune.models.sites import MoESite, find_sites, is_experts, is_uneven, resize_facts
 from moeprune.models.special import describe
+from moeprune.models.staging import Spare, unwritten
 
 
 def skeleton(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -143,6 +145,25 @@ class LayeredModel:
         # loading one layer goes over all modules while another may be edited or freed
         self.changing = threading.RLock()
         self.limits = Limits()
+        self._spare: Spare | None = None
+
+    @contextmanager
+    def reusing(self) -> Iterator[None]:
+        """Layers are read into the memory of those that were freed.
+
+        Memory of a layer waits for the next one until ``give_back``; who edits layers, or loads
+        others meanwhile, has no room for that.
+        """
+        self._spare = Spare()
+        try:
+            yield
+        finally:
+            self._spare = None
+
+    def give_back(self) -> None:
+        """Give back memory that freed layers have left: no further one is loaded."""
+        if self._spare is not None:
+            self._spare.give_back()
 
     def beside(self, index: int) -> int:
         """Bytes that changing a layer takes beside it while it is loaded."""
@@ -280,7 +301,8 @@ class LayeredModel:
         """The values of those parameters, under their names in the model."""
         chosen = self.in_place(keys)
         dtypes = {f.name: self.model.get_parameter(f.name).dtype for f in chosen}
-        return fill(chosen, self.checkpoint, self.quantisation, dtypes, self.device)
+        blank = unwritten if self._spare is None else self._spare.unwritten
+        return fill(chosen, self.checkpoint, self.quantisation, dtypes, self.device, blank)
 
     def _stays(self, name: str, state: Any) -> bool:
         """Whether transformers takes a parameter under its own name as it is."""

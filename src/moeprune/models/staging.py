@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
+import weakref
 from contextlib import suppress
 from types import TracebackType
 
@@ -26,13 +28,61 @@ def unwritten(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     A layer is read into memory that no one has touched yet, and in pages of 4 KiB the processor
     spends more time on making them than on copying what the disk has read.
     """
+    memory = _pages(shape, dtype, device)
+    if memory is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)  # given back with its last view
+
+
+class Spare:
+    """Memory of layers that were freed, for the next ones, which are of the same size.
+
+    Giving it back and asking for it again costs more than reading a layer where the system clears
+    pages, and most in a virtual machine whose host takes back what is free.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[tuple[mmap.mmap, weakref.ref[memoryview]]] = []
+        self._lock = threading.Lock()
+
+    def unwritten(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As the function, in memory that is spare if there is such of this size."""
+        with self._lock:
+            memory = self._take(math.prod(shape) * dtype.itemsize)
+            if memory is None:
+                self._give_back()
+                memory = _pages(shape, dtype, device)
+            if memory is None:
+                return torch.empty(shape, dtype=dtype, device=device)
+            view = memoryview(memory)  # held by the tensor and its views, and by nothing else
+            self._all.append((memory, weakref.ref(view)))
+            return torch.frombuffer(view, dtype=dtype).view(shape)
+
+    def give_back(self) -> None:
+        """Keep nothing that no tensor is in."""
+        with self._lock:
+            self._give_back()
+
+    def _take(self, nbytes: int) -> mmap.mmap | None:
+        for index, (memory, view) in enumerate(self._all):
+            if view() is None and len(memory) == nbytes:
+                del self._all[index]
+                return memory
+        return None
+
+    def _give_back(self) -> None:
+        self._all = [(memory, view) for memory, view in self._all if view() is not None]
+
+
+def _pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> mmap.mmap | None:
+    """Memory of its own for a large tensor on the CPU; None for any other."""
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, nbytes, flags=_PRIVATE)  # given back when the last view is gone
+        return None
+    memory = mmap.mmap(-1, nbytes, flags=_PRIVATE)
     with suppress(OSError):  # a kernel that was built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return memory
 
 
 class Staging:

@@ -103,8 +103,8 @@ class Walk:
         ranks: who has the other batches; statistics are of all of them.
         offset: how many batches the ranks before this one have.
         needs: what ``layers`` will collect, for plans of memory; nothing is collected by it.
-        chunks: whether the model's memory limit may load the experts of a layer some at a time;
-            who looks at weights in ``visit``, or edits them, needs them all.
+        chunks: whether the model's memory limit may load the experts of a layer some at a time,
+            and layers the memory of others; not if ``visit`` looks at weights, or edits them.
 
     Use it as ``with Walk(...) as walk:``, call ``layers`` to the end and then, if logits are
     wanted, ``logits``.
@@ -134,6 +134,8 @@ class Walk:
         if self._hidden is not None:
             self._stack.callback(self._hidden.close)
         self.model.load_resident()
+        if self.chunks and not self.model.changes:  # nobody edits a layer
+            self._stack.enter_context(self.model.reusing())
         inputs = [batch.inputs(self.model.device) for batch in self.batches]
         self._stack.callback(self._free_all)
         self._loader = self._stack.enter_context(ThreadPoolExecutor(1, "moeprune-loader"))
@@ -209,6 +211,8 @@ class Walk:
                 with self._time.spend(COMPUTING):
                     self._lockstep.advance()  # past the last layer only when logits are asked for
             self.model.free_layer(index)
+            if index + 1 + self.way.prefetch >= len(self.model.layers):
+                self.model.give_back()  # all others are there
             _return_memory()
             if index + 1 < len(self.model.layers) and not self.way.prefetch:
                 following = self._loader.submit(self._load, index + 1)
@@ -242,11 +246,7 @@ class Walk:
         Args:
             begin: told a batch's index, in the thread that computes it, before it does.
         """
-
-        def collect(index: int) -> None:
-            begin(index)
-
-        self._lockstep.run(collect)
+        self._lockstep.run(begin)
 
     def rerun(self, index: int) -> Tensor:
         """Compute the layer for one batch, [B, L, H]."""
